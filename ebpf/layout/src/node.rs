@@ -1,0 +1,49 @@
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{Addr, Port};
+
+/// Bits of [`NodeConfig::flags`].
+pub mod node_flags {
+    /// Pods of other nodes are reached through the VXLAN device.
+    pub const VXLAN: u32 = 1;
+    /// Pods' connections to the outside take the node's address (IPv4).
+    pub const MASQUERADE_V4: u32 = 2;
+    /// The same for IPv6.
+    pub const MASQUERADE_V6: u32 = 4;
+}
+
+/// What the programs need to know of their node; one entry, written by the agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct NodeConfig {
+    /// The node's IPv4 address towards the outside; unspecified without.
+    pub node_v4: Addr,
+    /// The node's IPv6 address towards the outside; unspecified without.
+    pub node_v6: Addr,
+    /// Index of the VXLAN device; 0 without.
+    pub vxlan_ifindex: u32,
+    /// See [`node_flags`].
+    pub flags: u32,
+    /// First port for masqueraded connections.
+    pub snat_first: Port,
+    /// Last port for masqueraded connections.
+    pub snat_last: Port,
+    /// UDP port of the tunnel.
+    pub vxlan_port: Port,
+    /// Zero.
+    pub reserved16: u16,
+    /// MAC of the VXLAN device.
+    pub vxlan_mac: [u8; 6],
+    /// Zero.
+    pub reserved: [u8; 10],
+}
+
+/// Words that change while traffic flows; one entry, written by the agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct NodeState {
+    /// Which of the two slots of every hook runs: the lowest bit. Counts program generations.
+    pub generation: u32,
+    /// Counts changes of who an address is; flows admitted under another value are evaluated again.
+    pub epoch: u32,
+}
