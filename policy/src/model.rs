@@ -180,3 +180,27 @@ pub struct NetworkPolicy {
     /// `Some` when `policyTypes` (or its default) holds Egress; an empty list denies all.
     pub egress: Option<Vec<Rule>>,
 }
+
+/// A node, as far as it decides what an address is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// Whether it is the one this agent runs on.
+    pub is_local: bool,
+    /// All addresses that are the node itself, the one it holds in its pod CIDR included.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`: an address in them that is neither a pod's nor a node's is nobody known.
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+/// A local endpoint: a pod whose interface this node has made or is about to make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The pod.
+    pub pod: ObjectName,
+    /// Its `metadata.uid`.
+    pub uid: String,
+    /// The addresses leased to it; they count before the Pod's status names them.
+    pub addresses: Vec<IpAddr>,
+}

@@ -1,4 +1,31 @@
-//! Services and EndpointSlices turned into frontends, backends and the ordered writes that bring a table from one state to the next.
+//! Services and EndpointSlices turned into frontends, backends and the ordered writes that bring the kernel's tables from
+//! one state to the next.
+//!
+//! ```text
+//! Service, EndpointSlice --> Model (tracker) --take_changes--> Change (a Service's wanted frontends)
+//!        Change --> Tables (ids, slots) --apply--> Vec<Op>, in order
+//!        Dump of the kernel's maps + all Changes --Tables::restore--> Tables, Vec<Op>
+//! ```
+//!
+//! - [`Model`] holds the objects, remembers which Services changed, and works out each one's frontends once, however many
+//!   events it had.
+//! - [`endpoints`] says which endpoints serve: kube-proxy's rules on readiness, termination, traffic policy and hints.
+//! - [`Tables`] mirrors the kernel's maps. It numbers frontends and backends, and turns a [`Change`] into [`Op`]s such that
+//!   a packet between any two of them sees a valid table.
+//! - [`reference`] is the executable specification: packet and objects in, the set of allowed backends out.
+//! - [`Simulated`] is the maps in memory, for tests and for `why`.
+//!
+//! Start: feed the first full lists to `Model`, read the maps into a [`Dump`], `Tables::restore(limits, &dump,
+//! &model.take_changes())`, execute the ops. Then, per batch of events: `for change in model.take_changes() {
+//! tables.apply(&change) }`, and execute. When a write fails the mirror no longer holds: dump, restore with
+//! [`Model::all`], execute.
 #![forbid(unsafe_code)]
 
 pub mod model;
+mod op;
+
+pub use op::{Backend, Dump, Frontend, FrontendKey, Op, SlotKey, flags};
+mod tables;
+mod tracker;
+pub use tables::{Limits, Table, TableFull, Tables};
+pub use tracker::{Change, FrontendKind, Model, NodeInfo, Wanted};
