@@ -1,0 +1,239 @@
+//! The agent's metrics. Names are kube-proxy's with `keelway_` in front where kube-proxy has such a metric.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+
+use crate::source::{Kind, Status};
+
+/// What [`Metrics::encode`] writes.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CodeLabel {
+    code: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DropLabels {
+    reason: String,
+    hook: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MapLabel {
+    map: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabel {
+    kind: String,
+}
+
+/// Seconds as a float.
+pub type Seconds = Gauge<f64, AtomicU64>;
+
+/// A handle on the agent's metrics; clones share them.
+#[derive(Clone, Debug)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    sync_duration: Histogram,
+    sync_last: Seconds,
+    service_changes_pending: Gauge,
+    service_changes: Counter,
+    endpoint_changes_pending: Gauge,
+    endpoint_changes: Counter,
+    programming_duration: Histogram,
+    sync_errors: Counter,
+    healthz: Family<CodeLabel, Counter>,
+    livez: Family<CodeLabel, Counter>,
+    drops: Family<DropLabels, Counter>,
+    drop_bytes: Family<DropLabels, Counter>,
+    map_entries: Family<MapLabel, Gauge>,
+    map_capacity: Family<MapLabel, Gauge>,
+    source_synced: Family<KindLabel, Gauge>,
+    source_objects: Family<KindLabel, Gauge>,
+    source_errors: Counter,
+}
+
+impl Metrics {
+    /// All at zero. `version` and `layout` are those of `build_info`.
+    pub fn new(version: &str, layout: u32) -> Self {
+        let mut registry = Registry::with_prefix("keelway");
+        let labels = vec![("version".to_owned(), version.to_owned()), ("layout".to_owned(), layout.to_string())];
+        registry.register("build", "What runs: always 1", Info::new(labels));
+        // 1 ms to 16 s, as in kube-proxy.
+        let sync_duration = Histogram::new(exponential_buckets(0.001, 2.0, 15));
+        // From a quarter of a second to 512 s; kube-proxy's buckets span the same.
+        let programming_duration = Histogram::new(exponential_buckets(0.25, 2.0, 12));
+        macro_rules! registered {
+            ($name:literal, $help:literal, $metric:expr) => {{
+                let metric = $metric;
+                registry.register($name, $help, metric.clone());
+                metric
+            }};
+        }
+        let inner = Inner {
+            sync_duration: registered!(
+                "sync_proxy_rules_duration_seconds",
+                "Time to bring changes to the kernel",
+                sync_duration
+            ),
+            sync_last: registered!(
+                "sync_proxy_rules_last_timestamp_seconds",
+                "When the kernel was last brought up to date",
+                Seconds::default()
+            ),
+            service_changes_pending: registered!(
+                "sync_proxy_rules_service_changes_pending",
+                "Service changes that wait for the next sync",
+                Gauge::default()
+            ),
+            service_changes: registered!("sync_proxy_rules_service_changes", "Service changes", Counter::default()),
+            endpoint_changes_pending: registered!(
+                "sync_proxy_rules_endpoint_changes_pending",
+                "EndpointSlice changes that wait for the next sync",
+                Gauge::default()
+            ),
+            endpoint_changes: registered!(
+                "sync_proxy_rules_endpoint_changes",
+                "EndpointSlice changes",
+                Counter::default()
+            ),
+            programming_duration: registered!(
+                "network_programming_duration_seconds",
+                "From the change of an endpoint, by its own time stamp, to the kernel",
+                programming_duration
+            ),
+            sync_errors: registered!("sync_errors", "Syncs that failed and are retried", Counter::default()),
+            healthz: registered!("proxy_healthz", "Answers of /healthz by HTTP status", Family::default()),
+            livez: registered!("proxy_livez", "Answers of /livez by HTTP status", Family::default()),
+            drops: registered!("drop", "Packets dropped", Family::default()),
+            drop_bytes: registered!("drop_bytes", "Bytes of packets dropped", Family::default()),
+            map_entries: registered!("map_entries", "Entries of a kernel table", Family::default()),
+            map_capacity: registered!("map_capacity", "Entries that a kernel table can hold", Family::default()),
+            source_synced: registered!("source_synced", "1 after the first full list of a kind", Family::default()),
+            source_objects: registered!("source_objects", "Objects of a kind that are known", Family::default()),
+            source_errors: registered!("source_errors", "Failures to read desired state", Counter::default()),
+            registry,
+        };
+        Self(Arc::new(inner))
+    }
+
+    /// The text that Prometheus reads.
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing into a String cannot fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.0.registry);
+        text
+    }
+
+    /// A sync succeeded after `seconds`, at `unix_seconds`.
+    pub fn sync_done(&self, seconds: f64, unix_seconds: f64) {
+        self.0.sync_duration.observe(seconds);
+        self.0.sync_last.set(unix_seconds);
+    }
+
+    /// A sync failed.
+    pub fn sync_failed(&self) {
+        self.0.sync_errors.inc();
+    }
+
+    /// A Service changed.
+    pub fn service_changed(&self) {
+        self.0.service_changes.inc();
+    }
+
+    /// An EndpointSlice changed.
+    pub fn endpoints_changed(&self) {
+        self.0.endpoint_changes.inc();
+    }
+
+    /// So many changes of Services and EndpointSlices wait.
+    pub fn set_pending(&self, services: usize, endpoints: usize) {
+        self.0.service_changes_pending.set(services as i64);
+        self.0.endpoint_changes_pending.set(endpoints as i64);
+    }
+
+    /// A change of an endpoint reached the kernel `seconds` after it happened.
+    pub fn endpoint_programmed(&self, seconds: f64) {
+        self.0.programming_duration.observe(seconds);
+    }
+
+    /// So much was dropped since the counters were made, which the kernel keeps across restarts.
+    pub fn set_drops(&self, reason: &str, hook: &str, packets: u64, bytes: u64) {
+        let labels = DropLabels { reason: reason.to_owned(), hook: hook.to_owned() };
+        self.0.drops.get_or_create(&labels).inner().store(packets, Ordering::Relaxed);
+        self.0.drop_bytes.get_or_create(&labels).inner().store(bytes, Ordering::Relaxed);
+    }
+
+    /// How full a kernel table is.
+    pub fn set_map(&self, map: &str, entries: u64, capacity: u64) {
+        let labels = MapLabel { map: map.to_owned() };
+        self.0.map_entries.get_or_create(&labels).set(entries as i64);
+        self.0.map_capacity.get_or_create(&labels).set(capacity as i64);
+    }
+
+    /// What the source knows about itself.
+    pub fn set_source(&self, status: &Status) {
+        for kind in Kind::ALL {
+            let labels = KindLabel { kind: kind.as_str().to_owned() };
+            let known = status.kind(kind);
+            self.0.source_synced.get_or_create(&labels).set(known.synced.into());
+            self.0.source_objects.get_or_create(&labels).set(known.objects as i64);
+        }
+        self.0.source_errors.inner().store(status.errors(), Ordering::Relaxed);
+    }
+
+    pub(super) fn count_healthz(&self, code: u16) {
+        self.0.healthz.get_or_create(&CodeLabel { code }).inc();
+    }
+
+    pub(super) fn count_livez(&self, code: u16) {
+        self.0.livez.get_or_create(&CodeLabel { code }).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_kube_proxy() {
+        let metrics = Metrics::new("0.1.0", 7);
+        metrics.service_changed();
+        metrics.set_pending(2, 3);
+        metrics.count_healthz(503);
+        metrics.set_drops("policy", "pod-ingress", 5, 300);
+        metrics.set_map("conntrack4", 10, 100);
+        metrics.set_source(&Status::default());
+        let text = metrics.encode();
+        for line in [
+            "keelway_build_info{version=\"0.1.0\",layout=\"7\"} 1",
+            "keelway_sync_proxy_rules_service_changes_total 1",
+            "keelway_sync_proxy_rules_service_changes_pending 2",
+            "keelway_sync_proxy_rules_endpoint_changes_pending 3",
+            "keelway_sync_proxy_rules_duration_seconds_count 0",
+            "keelway_network_programming_duration_seconds_count 0",
+            "keelway_proxy_healthz_total{code=\"503\"} 1",
+            "keelway_drop_total{reason=\"policy\",hook=\"pod-ingress\"} 5",
+            "keelway_drop_bytes_total{reason=\"policy\",hook=\"pod-ingress\"} 300",
+            "keelway_map_entries{map=\"conntrack4\"} 10",
+            "keelway_map_capacity{map=\"conntrack4\"} 100",
+            "keelway_source_synced{kind=\"Pod\"} 0",
+            "keelway_source_errors_total 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is missing from\n{text}");
+        }
+    }
+}
