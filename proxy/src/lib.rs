@@ -21,11 +21,21 @@
 //! [`Model::all`], execute.
 #![forbid(unsafe_code)]
 
+pub mod endpoints;
+mod frontends;
+mod ids;
 pub mod model;
 mod op;
-
-pub use op::{Backend, Dump, Frontend, FrontendKey, Op, SlotKey, flags};
+pub mod reference;
+mod restore;
+mod simulated;
+mod slots;
 mod tables;
 mod tracker;
+
+pub use frontends::{FrontendKind, Wanted};
+pub use model::ObjectName;
+pub use op::{Backend, Dump, Frontend, FrontendKey, Op, SlotKey, flags};
+pub use simulated::{Simulated, Verdict};
 pub use tables::{Limits, Table, TableFull, Tables};
-pub use tracker::{Change, FrontendKind, Model, NodeInfo, Wanted};
+pub use tracker::{Change, Model, NodeInfo};

@@ -1,7 +1,10 @@
-//! The change tracker.
+//! The change tracker: objects in, the Services whose frontends may have changed out.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::frontends::{Wanted, frontends};
 use crate::model::{EndpointSlice, ObjectName, Service};
-use crate::op::{Backend, FrontendKey};
-use std::collections::BTreeMap;
+use crate::op::FrontendKey;
 
 /// This node, as far as topology asks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -10,34 +13,6 @@ pub struct NodeInfo {
     pub name: String,
     /// Its label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
-}
-
-/// Which address of a Service a frontend serves; when two Services claim the same one, the earlier kind wins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum FrontendKind {
-    /// `spec.clusterIPs`.
-    ClusterIp,
-    /// `status.loadBalancer.ingress`.
-    LoadBalancer,
-    /// `spec.externalIPs`.
-    ExternalIp,
-    /// `spec.ports[].nodePort` on this node's addresses.
-    NodePort,
-}
-
-/// What a frontend is to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    /// Where it comes from.
-    pub kind: FrontendKind,
-    /// Sorted, without duplicates.
-    pub backends: Vec<Backend>,
-    /// 0: none.
-    pub affinity_seconds: u32,
-    /// [`crate::flags`].
-    pub flags: u32,
-    /// Keep the backends it has when `backends` is empty.
-    pub keep_last: bool,
 }
 
 /// A Service's frontends after a change; none when it is gone or not ours.
@@ -50,40 +25,101 @@ pub struct Change {
 }
 
 /// Holds the objects and remembers which Services changed.
-pub struct Model {}
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    node: NodeInfo,
+    services: BTreeMap<ObjectName, Service>,
+    /// Slices by the Service they belong to, whether or not that is known yet.
+    slices: BTreeMap<ObjectName, BTreeMap<ObjectName, EndpointSlice>>,
+    /// The Service that each slice was last filed under.
+    filed: BTreeMap<ObjectName, ObjectName>,
+    changed: BTreeSet<ObjectName>,
+}
 
-#[allow(unused_variables, clippy::unimplemented)]
 impl Model {
     /// An empty model of this node.
     pub fn new(node: NodeInfo) -> Self {
-        unimplemented!()
+        Self { node, ..Self::default() }
     }
+
     /// The node's zone changed: every Service is worked out again.
     pub fn set_node(&mut self, node: NodeInfo) {
-        unimplemented!()
+        if self.node != node {
+            self.node = node;
+            self.changed.extend(self.services.keys().cloned());
+        }
     }
+
     /// A Service came or changed.
     pub fn upsert_service(&mut self, service: Service) {
-        unimplemented!()
+        if self.services.get(&service.name) != Some(&service) {
+            self.changed.insert(service.name.clone());
+            self.services.insert(service.name.clone(), service);
+        }
     }
+
     /// A Service went.
     pub fn delete_service(&mut self, name: &ObjectName) {
-        unimplemented!()
+        if self.services.remove(name).is_some() {
+            self.changed.insert(name.clone());
+        }
     }
+
     /// A slice came or changed (it may also have moved to another Service).
     pub fn upsert_slice(&mut self, slice: EndpointSlice) {
-        unimplemented!()
+        let service = ObjectName::new(slice.name.namespace.clone(), slice.service.clone());
+        if self.filed.get(&slice.name).is_some_and(|filed| *filed != service) {
+            self.delete_slice(&slice.name.clone());
+        }
+        let slices = self.slices.entry(service.clone()).or_default();
+        if slices.get(&slice.name) != Some(&slice) {
+            self.filed.insert(slice.name.clone(), service.clone());
+            slices.insert(slice.name.clone(), slice);
+            self.changed.insert(service);
+        }
     }
+
     /// A slice went.
     pub fn delete_slice(&mut self, name: &ObjectName) {
-        unimplemented!()
+        let Some(service) = self.filed.remove(name) else { return };
+        if let Some(slices) = self.slices.get_mut(&service) {
+            slices.remove(name);
+            if slices.is_empty() {
+                self.slices.remove(&service);
+            }
+        }
+        self.changed.insert(service);
     }
-    /// The Services that changed since the last call, each once. A Service that has gone comes with no frontends.
+
+    /// The Services that changed since the last call, each once. A Service that has gone comes with no frontends, and
+    /// before those that came, so that its addresses and room are free again.
     pub fn take_changes(&mut self) -> Vec<Change> {
-        unimplemented!()
+        let changed = std::mem::take(&mut self.changed);
+        let mut changes: Vec<Change> = changed.into_iter().map(|name| self.change(name)).collect();
+        changes.sort_by_key(|change| !change.frontends.is_empty());
+        changes
     }
-    /// Every Service that is served, for a resync; forgets pending changes.
+
+    /// Every Service, for a resync; forgets pending changes.
     pub fn all(&mut self) -> Vec<Change> {
-        unimplemented!()
+        self.changed.clear();
+        self.services.keys().map(|name| self.change(name.clone())).collect()
+    }
+
+    /// How many Services and slices are held.
+    pub fn len(&self) -> (usize, usize) {
+        (self.services.len(), self.filed.len())
+    }
+
+    /// Whether no Service is held.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty()
+    }
+
+    fn change(&self, service: ObjectName) -> Change {
+        let none = BTreeMap::new();
+        let slices = self.slices.get(&service).unwrap_or(&none);
+        let frontends = self.services.get(&service).map(|s| frontends(s, slices, &self.node)).unwrap_or_default();
+        Change { service, frontends }
     }
 }

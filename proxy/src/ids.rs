@@ -1,0 +1,34 @@
+//! Numbers that are not reused soon.
+
+use std::collections::BTreeSet;
+
+/// Hands out numbers from 1, each time the next free one after the last: a packet that still holds a number which was just
+/// released must not find it given to something else.
+#[derive(Clone, Debug, Default)]
+pub struct Ids {
+    used: BTreeSet<u32>,
+    last: u32,
+}
+
+impl Ids {
+    /// Marks a number as used, as found after a restart; numbers given out later come after it.
+    pub fn take(&mut self, id: u32) {
+        self.used.insert(id);
+        self.last = self.last.max(id);
+    }
+
+    /// The next free number. Tables are far smaller than the range, so there always is one.
+    pub fn next(&mut self) -> u32 {
+        loop {
+            self.last = self.last.checked_add(1).unwrap_or(1);
+            if self.used.insert(self.last) {
+                return self.last;
+            }
+        }
+    }
+
+    /// Gives a number back.
+    pub fn release(&mut self, id: u32) {
+        self.used.remove(&id);
+    }
+}
