@@ -2,15 +2,13 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Bits of [`Endpoint::flags`].
 pub mod endpoint_flags {
-    /// An address of the node itself, not of a pod.
-    pub const HOST: u32 = 1;
     /// The ingress rules of the subject are enforced.
-    pub const ENFORCE_INGRESS: u32 = 2;
+    pub const ENFORCE_INGRESS: u32 = 1;
     /// The egress rules of the subject are enforced.
-    pub const ENFORCE_EGRESS: u32 = 4;
+    pub const ENFORCE_EGRESS: u32 = 2;
 }
 
-/// A local interface of a pod, or the node itself; the key is its address.
+/// A local interface of a pod; the key is its address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Endpoint {

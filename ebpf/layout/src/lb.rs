@@ -121,8 +121,8 @@ pub struct SockFrontend {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct SockBackend {
-    /// The backend's id; valid while that backend is still one of the frontend's.
+    /// The backend's id.
     pub backend: u32,
-    /// Frontend id under which it was chosen.
-    pub frontend: u32,
+    /// The slot that held it; the choice is good while it still does.
+    pub slot: u32,
 }

@@ -10,7 +10,7 @@ pub const BACKENDS: &str = "kw_backends";
 pub const SOCK_REVERSE: &str = "kw_sock_rev";
 /// What an unconnected socket was given, by what it dialled.
 pub const SOCK_FORWARD: &str = "kw_sock_fwd";
-/// Local pods and the node, by address.
+/// Local pods by address.
 pub const ENDPOINTS: &str = "kw_endpoints";
 /// Identities by prefix.
 pub const IDENTITIES: &str = "kw_identities";

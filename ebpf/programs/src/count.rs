@@ -1,0 +1,74 @@
+//! Everything that is counted, and the one place through which packets are dropped.
+
+use keelway_layout::{Counter, CounterKey, DropEvent, EndpointDropKey, Hook, Reason};
+
+use crate::kernel::{Skb, now};
+use crate::maps::{COUNTERS, ENDPOINT_DROPS, EVENTS};
+use crate::parse::Packet;
+
+/// What is known of a packet while it is worked on, for the account of its end.
+pub struct Account {
+    pub hook: Hook,
+    /// The local endpoint whose rules or address decided; 0 when none.
+    pub endpoint: u32,
+    /// The peer's identity; 0 when not looked up.
+    pub peer: u32,
+}
+
+impl Account {
+    pub const fn new(hook: Hook) -> Self {
+        Self { hook, endpoint: 0, peer: 0 }
+    }
+}
+
+#[inline(always)]
+fn add(counter: Option<*mut Counter>, bytes: u64) {
+    if let Some(counter) = counter {
+        // SAFETY: a per-CPU value; the program that counts here is not interrupted by another that does on this CPU at this hook.
+        unsafe {
+            (*counter).packets += 1;
+            (*counter).bytes += bytes;
+        }
+    }
+}
+
+/// Counts one packet (or call).
+#[inline(always)]
+pub fn count(hook: Hook, reason: Reason, bytes: u32) {
+    add(COUNTERS.get_ptr_mut(CounterKey::index(hook, reason)), bytes.into());
+}
+
+/// Counts a drop for everyone who asks: by hook, by endpoint, and as an event while there is room for one.
+#[inline(never)]
+pub fn dropped(skb: Skb, packet: &Packet, account: &mut Account, reason: Reason) {
+    let len = skb.len();
+    count(account.hook, reason, len);
+    if account.endpoint != 0 {
+        let key =
+            EndpointDropKey { endpoint: account.endpoint, reason: reason as u8, hook: account.hook as u8, reserved: 0 };
+        match ENDPOINT_DROPS.get_ptr_mut(&key) {
+            Some(counter) => add(Some(counter), len.into()),
+            None => {
+                let _ = ENDPOINT_DROPS.insert(&key, Counter { packets: 1, bytes: len.into() }, 0);
+            }
+        }
+    }
+    if let Some(mut entry) = EVENTS.reserve::<DropEvent>(0) {
+        entry.write(DropEvent {
+            time: now(),
+            src: packet.tuple.src,
+            dst: packet.tuple.dst,
+            sport: packet.tuple.sport,
+            dport: packet.tuple.dport,
+            proto: packet.tuple.proto,
+            reason: reason as u8,
+            hook: account.hook as u8,
+            reserved: 0,
+            endpoint: account.endpoint,
+            peer: account.peer,
+            ifindex: skb.ifindex(),
+            len,
+        });
+        entry.submit(0);
+    }
+}

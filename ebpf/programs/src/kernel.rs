@@ -1,0 +1,218 @@
+//! The kernel's helpers, as safe functions. All unsafe code that is not a plain map read is here.
+
+use core::ffi::c_void;
+use core::mem::{MaybeUninit, size_of};
+
+use aya_ebpf::bindings::{
+    BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, __sk_buff, bpf_tunnel_key,
+};
+use aya_ebpf::helpers::generated as h;
+use aya_ebpf::maps::LpmTrie;
+use keelway_layout::{Addr, Reason};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// A packet at a tc hook.
+#[derive(Clone, Copy)]
+pub struct Skb(*mut __sk_buff);
+
+/// Nanoseconds of the monotonic clock.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: takes no arguments.
+    unsafe { h::bpf_ktime_get_ns() }
+}
+
+/// A random number, not for secrets.
+#[inline(always)]
+pub fn random() -> u32 {
+    // SAFETY: takes no arguments.
+    unsafe { h::bpf_get_prandom_u32() }
+}
+
+/// Longest-prefix match. `key` is the whole key, prefix length first.
+#[inline(always)]
+pub fn lpm_get<K: IntoBytes + Immutable, D, V>(map: &'static LpmTrie<D, V>, key: &K) -> Option<&'static V> {
+    const { assert!(size_of::<K>() == 4 + size_of::<D>()) };
+    // SAFETY: a map static is the map to the helper; the key has the size that the map was declared with, and what is found
+    // stays readable for this run of the program.
+    unsafe {
+        let found =
+            h::bpf_map_lookup_elem(core::ptr::from_ref(map).cast_mut().cast(), core::ptr::from_ref(key).cast::<c_void>());
+        found.cast::<V>().as_ref()
+    }
+}
+
+/// The ones' complement sum that turns a checksum over `from` into one over `to`.
+#[inline(always)]
+pub fn csum_diff(from: &mut [u32], to: &mut [u32]) -> Result<u32, Reason> {
+    // SAFETY: both slices are readable for their whole length, a multiple of four bytes.
+    let sum = unsafe {
+        h::bpf_csum_diff(
+            if from.is_empty() { core::ptr::null_mut() } else { from.as_mut_ptr() },
+            (from.len() * 4) as u32,
+            if to.is_empty() { core::ptr::null_mut() } else { to.as_mut_ptr() },
+            (to.len() * 4) as u32,
+            0,
+        )
+    };
+    if sum < 0 { Err(Reason::Helper) } else { Ok(sum as u32) }
+}
+
+impl Skb {
+    /// The packet of a program's context.
+    pub const fn new(skb: *mut __sk_buff) -> Self {
+        Self(skb)
+    }
+
+    /// Bytes from the Ethernet header on.
+    #[inline(always)]
+    pub fn len(self) -> u32 {
+        // SAFETY: the context of a tc program is readable.
+        unsafe { (*self.0).len }
+    }
+
+    /// The device that the hook is on.
+    #[inline(always)]
+    pub fn ifindex(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).ifindex }
+    }
+
+    /// EtherType in network byte order.
+    #[inline(always)]
+    pub fn protocol(self) -> u16 {
+        // SAFETY: as above.
+        unsafe { (*self.0).protocol as u16 }
+    }
+
+    /// Copies from `offset`.
+    #[inline(always)]
+    pub fn load<T: FromBytes>(self, offset: u32) -> Result<T, Reason> {
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: the helper writes all of `value` or fails; any bytes make a `T`.
+        unsafe {
+            if h::bpf_skb_load_bytes(self.0.cast(), offset, value.as_mut_ptr().cast(), size_of::<T>() as u32) != 0 {
+                return Err(Reason::Malformed);
+            }
+            Ok(value.assume_init())
+        }
+    }
+
+    /// Writes at `offset`, without minding checksums.
+    #[inline(always)]
+    pub fn store<T: IntoBytes + Immutable>(self, offset: u32, value: &T) -> Result<(), Reason> {
+        let from = core::ptr::from_ref(value).cast();
+        // SAFETY: `value` is readable for its size.
+        check(unsafe { h::bpf_skb_store_bytes(self.0, offset, from, size_of::<T>() as u32, 0) })
+    }
+
+    /// Mends an IPv4 header checksum after a change of `size` bytes.
+    #[inline(always)]
+    pub fn fix_ip_csum(self, offset: u32, from: u32, to: u32, size: u64) -> Result<(), Reason> {
+        // SAFETY: takes no pointers but the context.
+        check(unsafe { h::bpf_l3_csum_replace(self.0, offset, from.into(), to.into(), size) })
+    }
+
+    /// Mends a transport checksum after a change of `size` bytes, or by a difference when `size` is 0. `pseudo`: the change is
+    /// in the pseudo header; `optional`: zero means no checksum (UDP over IPv4).
+    #[inline(always)]
+    pub fn fix_l4_csum(
+        self,
+        offset: u32,
+        from: u32,
+        to: u32,
+        size: u64,
+        pseudo: bool,
+        optional: bool,
+    ) -> Result<(), Reason> {
+        let mut flags = size;
+        if pseudo {
+            flags |= u64::from(BPF_F_PSEUDO_HDR);
+        }
+        if optional {
+            flags |= u64::from(BPF_F_MARK_MANGLED_0);
+        }
+        // SAFETY: takes no pointers but the context.
+        check(unsafe { h::bpf_l4_csum_replace(self.0, offset, from.into(), to.into(), flags) })
+    }
+
+    /// Cuts or grows the packet to `len` bytes.
+    #[inline(always)]
+    pub fn set_len(self, len: u32) -> Result<(), Reason> {
+        // SAFETY: takes no pointers but the context.
+        check(unsafe { h::bpf_skb_change_tail(self.0, len, 0) })
+    }
+
+    /// Makes room for `len` bytes between the Ethernet and the IP header.
+    #[inline(always)]
+    pub fn insert_l3(self, len: i32) -> Result<(), Reason> {
+        const BPF_ADJ_ROOM_MAC: u32 = 1;
+        // SAFETY: takes no pointers but the context.
+        check(unsafe { h::bpf_skb_adjust_room(self.0, len, BPF_ADJ_ROOM_MAC, 0) })
+    }
+
+    /// Says that the packet is for this host, whatever its MAC said on arrival.
+    #[inline(always)]
+    pub fn set_for_this_host(self) -> Result<(), Reason> {
+        const PACKET_HOST: u32 = 0;
+        // SAFETY: takes no pointers but the context.
+        check(unsafe { h::bpf_skb_change_type(self.0, PACKET_HOST) })
+    }
+
+    /// The underlay source of a packet that came out of a tunnel.
+    #[inline(always)]
+    pub fn tunnel_source(self, v6: bool) -> Result<Addr, Reason> {
+        let mut key = MaybeUninit::<bpf_tunnel_key>::zeroed();
+        let flags = if v6 { u64::from(BPF_F_TUNINFO_IPV6) } else { 0 };
+        // SAFETY: `key` is writable for the size given, and any bytes make a `bpf_tunnel_key`.
+        unsafe {
+            check(h::bpf_skb_get_tunnel_key(self.0, key.as_mut_ptr(), size_of::<bpf_tunnel_key>() as u32, flags))?;
+            let key = key.assume_init();
+            Ok(if v6 {
+                Addr::from_words(key.__bindgen_anon_1.remote_ipv6)
+            } else {
+                // The one field that the kernel keeps in host byte order.
+                Addr::from_v4_word(key.__bindgen_anon_1.remote_ipv4.to_be())
+            })
+        }
+    }
+
+    /// Sends the packet to `remote` once it reaches the tunnel's device.
+    #[inline(always)]
+    pub fn set_tunnel(self, remote: &Addr) -> Result<(), Reason> {
+        let mut key = MaybeUninit::<bpf_tunnel_key>::zeroed();
+        // SAFETY: all bytes are initialised (zeroed), and the size given is the structure's.
+        unsafe {
+            let k = &mut *key.as_mut_ptr();
+            k.tunnel_id = 1;
+            k.tunnel_ttl = 64;
+            let flags = if remote.is_v4() {
+                k.__bindgen_anon_1.remote_ipv4 = u32::from_be(remote.v4_word());
+                u64::from(BPF_F_ZERO_CSUM_TX)
+            } else {
+                k.__bindgen_anon_1.remote_ipv6 = remote.words();
+                u64::from(BPF_F_TUNINFO_IPV6) | u64::from(BPF_F_ZERO_CSUM_TX)
+            };
+            check(h::bpf_skb_set_tunnel_key(self.0, key.as_mut_ptr(), size_of::<bpf_tunnel_key>() as u32, flags))
+        }
+    }
+
+    /// Verdict: into the network namespace behind the veth device `ifindex`.
+    #[inline(always)]
+    pub fn redirect_peer(self, ifindex: u32) -> i32 {
+        // SAFETY: takes no pointers.
+        unsafe { h::bpf_redirect_peer(ifindex, 0) as i32 }
+    }
+
+    /// Verdict: out of the device `ifindex`.
+    #[inline(always)]
+    pub fn redirect(self, ifindex: u32) -> i32 {
+        // SAFETY: takes no pointers.
+        unsafe { h::bpf_redirect(ifindex, 0) as i32 }
+    }
+}
+
+#[inline(always)]
+fn check(code: i64) -> Result<(), Reason> {
+    if code == 0 { Ok(()) } else { Err(Reason::Helper) }
+}

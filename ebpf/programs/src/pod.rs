@@ -1,0 +1,121 @@
+//! The two hooks on the host's side of a pod's veth pair.
+
+use aya_ebpf::bindings::TC_ACT_OK;
+use keelway_layout::{Addr, Endpoint, NodeConfig, Port, PrefixKey, Reason, identity, node_flags, scope};
+
+use crate::count::{Account, count};
+use crate::ct::{self, Way};
+use crate::kernel::{Skb, lpm_get, now};
+use crate::lb::{self, Dial};
+use crate::maps::{ENDPOINTS, NODE, TUNNELS};
+use crate::parse::{self, Kind, Packet, UDP};
+use crate::policy::{admit_known, admit_new, identity_of};
+use crate::rewrite::{self, Side};
+use crate::{deliver, refuse};
+
+/// The local pod with this address.
+#[inline(always)]
+pub fn endpoint(addr: &Addr) -> Option<&'static Endpoint> {
+    // SAFETY: an entry that is replaced meanwhile is read as the old or the new one, word by word.
+    unsafe { ENDPOINTS.get(addr) }
+}
+
+/// A packet from a pod.
+#[inline(always)]
+pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i32, Reason> {
+    let sender = endpoint(&packet.tuple.src).filter(|sender| sender.ifindex == skb.ifindex());
+    let Some(sender) = sender else {
+        let scoped = packet.tuple.src.is_link_scoped() || packet.tuple.src.is_unspecified();
+        return Err(if scoped { Reason::LinkScoped } else { Reason::SpoofedSource });
+    };
+    account.endpoint = sender.id;
+    if packet.tuple.dst.is_link_scoped() {
+        return Err(Reason::LinkScoped);
+    }
+    let now = now();
+    let node = NODE.get(0).ok_or(Reason::Helper)?;
+    if packet.kind != Kind::IcmpError || !related(skb, packet, sender, now)? {
+        if let Some(flow) = ct::find_for(&packet.tuple, scope::OUT, Way::Forward, sender, now) {
+            admit_known(flow, scope::OUT, Way::Forward, sender, packet, now, account)?;
+        } else if let Some(flow) = ct::find_for(&packet.tuple, scope::IN, Way::Reverse, sender, now) {
+            admit_known(flow, scope::IN, Way::Reverse, sender, packet, now, account)?;
+        } else if let Some(verdict) = open(skb, packet, sender, node, now, account)? {
+            return Ok(verdict);
+        }
+    }
+    forward(skb, packet, node, now, account)
+}
+
+/// The first packet of a flow, or one of a flow to a Service; a verdict when it ends here.
+#[inline(always)]
+fn open(
+    skb: Skb,
+    packet: &mut Packet,
+    sender: &Endpoint,
+    node: &NodeConfig,
+    now: u64,
+    account: &mut Account,
+) -> Result<Option<i32>, Reason> {
+    let mut dialled = (Addr::UNSPECIFIED, Port::NONE);
+    match lb::dial(packet.tuple.dst, packet.tuple.dport, packet.tuple.proto) {
+        Dial::Other => {}
+        Dial::Refused => {
+            count(account.hook, Reason::NoBackend, skb.len());
+            return refuse::port_unreachable(skb, packet, sender).map(Some);
+        }
+        Dial::Service(frontend) => {
+            let mut backend = (Addr::UNSPECIFIED, Port::NONE);
+            lb::for_packet(&packet.tuple, frontend, sender, now, &mut backend)?;
+            if backend.0 == packet.tuple.src {
+                return Err(Reason::Hairpin);
+            }
+            dialled = (packet.tuple.dst, packet.tuple.dport);
+            rewrite::packet(skb, packet, Side::Destination, backend.0, backend.1)?;
+            count(account.hook, Reason::Translated, skb.len());
+        }
+    }
+    if packet.tuple.proto == UDP && node.vxlan_port == packet.tuple.dport && node.flags & node_flags::VXLAN != 0 {
+        // A pod that could write to the tunnel's port could speak for any other.
+        let who = identity_of(&packet.tuple.dst);
+        if who == identity::HOST || who == identity::REMOTE_NODE {
+            return Err(Reason::TunnelFromPod);
+        }
+    }
+    match ct::find_for(&packet.tuple, scope::OUT, Way::Forward, sender, now) {
+        Some(flow) => admit_known(flow, scope::OUT, Way::Forward, sender, packet, now, account)?,
+        None => admit_new(scope::OUT, sender, packet, dialled, now, account)?,
+    }
+    Ok(None)
+}
+
+/// Whether an ICMP error that a pod sends is about a packet that it was sent.
+#[inline(never)]
+fn related(skb: Skb, packet: &Packet, sender: &Endpoint, now: u64) -> Result<bool, Reason> {
+    let mut received = Packet::EMPTY;
+    parse::inner(skb, packet, &mut received)?;
+    Ok(ct::find_for(&received.tuple, scope::IN, Way::Forward, sender, now).is_some()
+        || ct::find_for(&received.tuple, scope::OUT, Way::Reverse, sender, now).is_some())
+}
+
+/// On from a pod: to a pod here, into the tunnel, or to the host's stack.
+#[inline(always)]
+fn forward(skb: Skb, packet: &mut Packet, node: &NodeConfig, now: u64, account: &mut Account) -> Result<i32, Reason> {
+    if let Some(receiver) = endpoint(&packet.tuple.dst) {
+        deliver::admit(skb, packet, receiver, now, account)?;
+        return deliver::hand_over(skb, receiver);
+    }
+    if node.flags & node_flags::VXLAN != 0 && lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.dst)).is_some() {
+        // The tunnel device's own hook says which node: the host's packets need it too.
+        return Ok(skb.redirect(node.vxlan_ifindex));
+    }
+    Ok(TC_ACT_OK as i32)
+}
+
+/// A packet from the host's stack to a pod.
+#[inline(always)]
+pub fn egress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i32, Reason> {
+    let receiver = endpoint(&packet.tuple.dst).filter(|receiver| receiver.ifindex == skb.ifindex());
+    let receiver = receiver.ok_or(Reason::NoEndpoint)?;
+    deliver::admit(skb, packet, receiver, now(), account)?;
+    Ok(TC_ACT_OK as i32)
+}

@@ -1,0 +1,125 @@
+//! Changing addresses and ports in place, checksums included.
+
+use keelway_layout::{Addr, Port, Reason};
+
+use crate::kernel::{Skb, csum_diff};
+use crate::parse::{ETH_LEN, ICMP4, ICMP6, Kind, Packet, TCP, UDP};
+
+/// Which end of a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Source,
+    Destination,
+}
+
+/// Offset of the checksum in the transport header, and whether zero stands for none.
+#[inline(always)]
+const fn l4_checksum(proto: u8, v6: bool) -> Option<(u32, bool)> {
+    match proto {
+        TCP => Some((16, false)),
+        UDP => Some((6, !v6)),
+        ICMP6 => Some((2, false)),
+        _ => None,
+    }
+}
+
+/// Puts another address and port at one side of the packet and of its tuple.
+#[inline(never)]
+pub fn packet(skb: Skb, packet: &mut Packet, side: Side, addr: Addr, port: Port) -> Result<(), Reason> {
+    let (old_addr, old_port) = match side {
+        Side::Source => (packet.tuple.src, packet.tuple.sport),
+        Side::Destination => (packet.tuple.dst, packet.tuple.dport),
+    };
+    address(skb, packet, side, old_addr, addr)?;
+    let names_port = packet.kind == Kind::Flow;
+    if names_port && old_port != port && packet.has_l4 {
+        self::port(skb, packet, side, old_port, port)?;
+    }
+    match side {
+        Side::Source => packet.tuple.src = addr,
+        Side::Destination => packet.tuple.dst = addr,
+    }
+    if names_port {
+        match side {
+            Side::Source => packet.tuple.sport = port,
+            Side::Destination => packet.tuple.dport = port,
+        }
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn address(skb: Skb, packet: &Packet, side: Side, old: Addr, new: Addr) -> Result<(), Reason> {
+    let checksum = l4_checksum(packet.tuple.proto, packet.v6);
+    if packet.v6 {
+        if let Some((offset, optional)) = checksum
+            && packet.has_l4
+        {
+            let diff = csum_diff(&mut old.words(), &mut new.words())?;
+            skb.fix_l4_csum(packet.l4 + offset, 0, diff, 0, true, optional)?;
+        }
+        skb.store(ETH_LEN + if side == Side::Source { 8 } else { 24 }, &new.words())
+    } else {
+        if let Some((offset, optional)) = checksum
+            && packet.has_l4
+        {
+            skb.fix_l4_csum(packet.l4 + offset, old.v4_word(), new.v4_word(), 4, true, optional)?;
+        }
+        skb.fix_ip_csum(ETH_LEN + 10, old.v4_word(), new.v4_word(), 4)?;
+        skb.store(ETH_LEN + if side == Side::Source { 12 } else { 16 }, &new.v4_word())
+    }
+}
+
+#[inline(always)]
+fn port(skb: Skb, packet: &Packet, side: Side, old: Port, new: Port) -> Result<(), Reason> {
+    let proto = packet.tuple.proto;
+    if proto == ICMP4 || proto == ICMP6 {
+        // The identifier of an echo stands at one place, whoever asked.
+        skb.fix_l4_csum(packet.l4 + 2, old.be().into(), new.be().into(), 2, false, false)?;
+        return skb.store(packet.l4 + 4, &new.be());
+    }
+    // SCTP's CRC covers the ports and cannot be mended by a difference: only same-port translation works for it.
+    let (offset, optional) = l4_checksum(proto, packet.v6).ok_or(Reason::Helper)?;
+    skb.fix_l4_csum(packet.l4 + offset, old.be().into(), new.be().into(), 2, false, optional)?;
+    skb.store(packet.l4 + if side == Side::Source { 0 } else { 2 }, &new.be())
+}
+
+/// Puts another address and port into the packet that an ICMP error carries, and mends the error's checksum.
+///
+/// The carried packet's own transport checksum is left: the error seldom shows all of what it covers.
+#[inline(always)]
+pub fn inner(
+    skb: Skb,
+    outer: &Packet,
+    carried: &Packet,
+    side: Side,
+    addr: Addr,
+    port: Port,
+) -> Result<(), Reason> {
+    let l3 = outer.l4 + 8;
+    let csum = outer.l4 + 2;
+    let (old_addr, old_port) = match side {
+        Side::Source => (carried.tuple.src, carried.tuple.sport),
+        Side::Destination => (carried.tuple.dst, carried.tuple.dport),
+    };
+    if outer.v6 {
+        let diff = csum_diff(&mut old_addr.words(), &mut addr.words())?;
+        skb.fix_l4_csum(csum, 0, diff, 0, false, false)?;
+        skb.store(l3 + if side == Side::Source { 8 } else { 24 }, &addr.words())?;
+    } else {
+        // The header's checksum takes up the address's change, so that the error's own checksum needs none for the two.
+        skb.fix_ip_csum(l3 + 10, old_addr.v4_word(), addr.v4_word(), 4)?;
+        skb.store(l3 + if side == Side::Source { 12 } else { 16 }, &addr.v4_word())?;
+    }
+    if old_port == port {
+        return Ok(());
+    }
+    let proto = carried.tuple.proto;
+    let offset = match (proto, side) {
+        (ICMP4 | ICMP6, _) => 4,
+        (_, Side::Source) => 0,
+        (_, Side::Destination) => 2,
+    };
+    skb.fix_l4_csum(csum, old_port.be().into(), port.be().into(), 2, false, false)?;
+    skb.store(carried.l4 + offset, &port.be())
+}

@@ -1,0 +1,40 @@
+//! The two hooks on the tunnel's device.
+
+use aya_ebpf::bindings::TC_ACT_OK;
+use keelway_layout::{PrefixKey, Reason};
+
+use crate::count::Account;
+use crate::deliver;
+use crate::kernel::{Skb, lpm_get, now};
+use crate::maps::{NODE, TUNNELS};
+use crate::parse::Packet;
+use crate::pod::endpoint;
+
+/// A packet out of the tunnel.
+#[inline(always)]
+pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i32, Reason> {
+    let node = NODE.get(0).ok_or(Reason::Helper)?;
+    let from = lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.src)).ok_or(Reason::TunnelSource)?;
+    if skb.tunnel_source(!from.remote.is_v4())? != from.remote {
+        return Err(Reason::TunnelSource);
+    }
+    // The inner frame was addressed by a node that knows none of our MACs.
+    skb.store(0, &node.vxlan_mac)?;
+    skb.set_for_this_host()?;
+    match endpoint(&packet.tuple.dst) {
+        Some(receiver) => {
+            deliver::admit(skb, packet, receiver, now(), account)?;
+            deliver::hand_over(skb, receiver)
+        }
+        // For the node itself; what is for nobody here ends at the unreachable route of the node's pod CIDR.
+        None => Ok(TC_ACT_OK as i32),
+    }
+}
+
+/// A packet into the tunnel, from a pod or from the host.
+#[inline(always)]
+pub fn egress(skb: Skb, packet: &mut Packet, _account: &mut Account) -> Result<i32, Reason> {
+    let to = lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.dst)).ok_or(Reason::TunnelUnknown)?;
+    skb.set_tunnel(&to.remote)?;
+    Ok(TC_ACT_OK as i32)
+}
