@@ -1,0 +1,139 @@
+//! `cargo xtask test`: which suites there are and how each one is judged.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::bail;
+
+use crate::libtest;
+use crate::report::{Report, Row};
+use crate::runner::{self, Outcome};
+
+/// How a suite's output is turned into counts.
+enum Judge {
+    /// One check: the command's exit status.
+    Status,
+    /// `cargo test`: each test is a check.
+    Libtest,
+}
+
+/// One suite: a command and what it takes.
+struct Suite {
+    name: &'static str,
+    command: &'static [&'static str],
+    judge: Judge,
+    /// A program that the suite cannot do without, and what to say when it is not there.
+    needs: Option<(&'static str, &'static str)>,
+    limit: Duration,
+}
+
+const fn minutes(count: u64) -> Duration {
+    Duration::from_secs(60 * count)
+}
+
+/// All suites, quick ones first.
+const SUITES: &[Suite] = &[
+    Suite {
+        name: "format",
+        command: &["cargo", "fmt", "--all", "--check"],
+        judge: Judge::Status,
+        needs: None,
+        limit: minutes(2),
+    },
+    Suite {
+        name: "walls",
+        command: &["cargo", "xtask", "walls"],
+        judge: Judge::Status,
+        needs: None,
+        limit: minutes(5),
+    },
+    Suite {
+        name: "scripts",
+        command: &["hack/lint-scripts"],
+        judge: Judge::Status,
+        needs: Some(("shellcheck", "shellcheck is not installed: make setup")),
+        limit: minutes(2),
+    },
+    Suite {
+        name: "licences and bans",
+        command: &["cargo", "deny", "--offline", "check", "licenses", "bans", "sources"],
+        judge: Judge::Status,
+        needs: Some(("cargo-deny", "cargo-deny is not installed: cargo install --locked cargo-deny")),
+        limit: minutes(5),
+    },
+    Suite { name: "clippy", command: &["hack/clippy"], judge: Judge::Status, needs: None, limit: minutes(30) },
+    Suite {
+        name: "unit and property tests",
+        command: &["cargo", "test", "--locked", "--no-fail-fast", "--package=xtask", "--", "--show-output"],
+        judge: Judge::Libtest,
+        needs: None,
+        limit: minutes(40),
+    },
+];
+
+/// Runs the named suites, or all of them; `Ok(false)` when a check failed.
+pub fn run(names: &[String]) -> anyhow::Result<bool> {
+    for name in names {
+        if !SUITES.iter().any(|suite| suite.name == name) {
+            let known: Vec<_> = SUITES.iter().map(|suite| suite.name).collect();
+            bail!("no suite {name:?}; there are: {}", known.join(", "));
+        }
+    }
+    let mut rows = Vec::new();
+    for suite in SUITES.iter().filter(|suite| names.is_empty() || names.iter().any(|name| name == suite.name)) {
+        rows.push(suite.run()?);
+    }
+    let report = Report { name: "test".to_owned(), command: "make test".to_owned(), rows };
+    report.write()?;
+    println!("\n{}", report.table());
+    Ok(report.passed())
+}
+
+impl Suite {
+    fn run(&self) -> anyhow::Result<Row> {
+        if let Some((program, reason)) = self.needs
+            && !is_installed(program)
+        {
+            println!("==> {}: skipped: {reason}", self.name);
+            return Ok(Row::new(self.name, 0, 0, vec![reason.to_owned()], 0.0));
+        }
+        println!("==> {}: {}", self.name, self.command.join(" "));
+        let log = Path::new("target/report").join(format!("{}.log", self.name.replace(' ', "-")));
+        let outcome = runner::run(self.name, self.command, &log, self.limit)?;
+        let row = self.judge(&outcome);
+        if row.failed() > 0 {
+            println!(
+                "{}\n    {}: failed, all of it is in {}",
+                runner::tail(&outcome.output, 60),
+                self.name,
+                log.display()
+            );
+        }
+        Ok(row)
+    }
+
+    fn judge(&self, outcome: &Outcome) -> Row {
+        match self.judge {
+            Judge::Status => {
+                let passed = usize::from(outcome.success);
+                Row::new(self.name, passed, 1 - passed, Vec::new(), outcome.seconds)
+            }
+            Judge::Libtest => {
+                let mut counts = libtest::read(&outcome.output);
+                // A crate that does not compile, or a test binary that was killed, reports no failed test.
+                if !outcome.success && counts.failed == 0 {
+                    counts.failed = 1;
+                }
+                Row::new(self.name, counts.passed, counts.failed, counts.skipped, outcome.seconds)
+            }
+        }
+    }
+}
+
+/// Whether the program can be run from PATH.
+fn is_installed(program: &str) -> bool {
+    let mut look = Command::new("sh");
+    look.args(["-c", "command -v \"$0\"", program]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    look.status().is_ok_and(|status| status.success())
+}
