@@ -1,0 +1,5 @@
+//! The CNI specification as types.
+
+mod version;
+
+pub use version::Version;
