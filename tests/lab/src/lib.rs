@@ -1,1 +1,26 @@
-//! TODO
+//! The lab: machines made of namespaces on one machine, to run the data plane in and to watch it from outside.
+//!
+//! [`Lab`] is a switch with [`Node`]s and a machine outside. A node's programs are started with [`Host::run`] and
+//! [`Host::spawn`]; [`Node::kill_node`] is a power cut and [`Node::boot_node`] the boot after it; [`Host::cut`] unplugs the
+//! network. Everything a lab makes is found again by its id and is removed when the value is dropped, when the
+//! owner panics, and when it is interrupted or killed (see [`clean`]).
+//!
+//! On top of it: [`containerd`] and [`cri`] start pods as a kubelet does, [`image`] makes images from local files,
+//! [`standalone`] plays the cluster for an agent that reads manifests, [`cluster`] is a real Kubernetes.
+#![forbid(unsafe_code)]
+
+pub mod boot;
+pub mod cgroup;
+pub mod clean;
+pub mod enter;
+mod host;
+mod lab;
+pub mod netns;
+mod node;
+mod process;
+pub mod sh;
+
+pub use host::Host;
+pub use lab::Lab;
+pub use node::Node;
+pub use process::Process;
