@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::StreamExt as _;
 use netlink_packet_route::RouteNetlinkMessage;
 use nix::errno::Errno;
-use rtnetlink::packet_core::{ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::sys::AsyncSocket as _;
 use tokio::task::JoinHandle;
 
@@ -44,6 +44,9 @@ impl Handle {
     pub fn open() -> Result<Self> {
         let io = |source| Error::io("open a netlink socket", source);
         let (mut connection, requests, _) = rtnetlink::new_connection_with_strict_check().map_err(io)?;
+        // Without these an acknowledgement and a dead socket would look alike.
+        connection.set_forward_ack(true);
+        connection.set_forward_done(true);
         let socket = connection.socket_mut().socket_mut();
         socket.set_ext_ack(true).map_err(io)?;
         socket.set_cap_ack(true).map_err(io)?;
@@ -75,7 +78,9 @@ impl Handle {
         request.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
         let mut answers = self.requests.clone().request(request).map_err(|_| broken(&what))?;
         match answers.next().await.ok_or_else(|| broken(&what))?.payload {
-            NetlinkPayload::Error(error) if error.code.is_some() => Err(refused(&error, what())),
+            NetlinkPayload::Error(error) if error.code.is_some() => {
+                Err(refused(error.raw_code(), &error.header, what()))
+            }
             _ => Ok(()),
         }
     }
@@ -91,7 +96,7 @@ impl Handle {
         let mut answers = self.requests.clone().request(request).map_err(|_| broken(&what))?;
         match answers.next().await.ok_or_else(|| broken(&what))?.payload {
             NetlinkPayload::InnerMessage(message) => Ok(Some(message)),
-            NetlinkPayload::Error(error) => match refused(&error, what()) {
+            NetlinkPayload::Error(error) => match refused(error.raw_code(), &error.header, what()) {
                 refusal if refusal.is_absent() => Ok(None),
                 refusal => Err(refusal),
             },
@@ -110,21 +115,23 @@ impl Handle {
             let mut request = NetlinkMessage::from(message.clone());
             request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
             let mut answers = self.requests.clone().request(request).map_err(|_| broken(&what))?;
-            let (mut found, mut interrupted) = (Vec::new(), false);
+            let (mut found, mut interrupted, mut complete) = (Vec::new(), false, false);
             while let Some(answer) = answers.next().await {
                 interrupted |= answer.header.flags & DUMP_INTERRUPTED != 0;
                 match answer.payload {
                     NetlinkPayload::InnerMessage(message) => found.extend(pick(message)),
+                    NetlinkPayload::Done(done) if done.code == 0 => complete = true,
+                    NetlinkPayload::Done(done) => return absent_is_empty(refused(done.code, &[], what())),
                     NetlinkPayload::Error(error) if error.code.is_some() => {
-                        let refusal = refused(&error, what());
-                        // A filter on a device that is gone: nothing is the right answer.
-                        return if refusal.is_absent() { Ok(Vec::new()) } else { Err(refusal) };
+                        return absent_is_empty(refused(error.raw_code(), &error.header, what()));
                     }
                     _ => {}
                 }
             }
-            if !interrupted {
-                return Ok(found);
+            match (complete, interrupted) {
+                (true, false) => return Ok(found),
+                (true, true) => {}
+                (false, _) => return Err(broken(&what)),
             }
         }
         Err(Error::Broken { what: what(), reason: format!("changed under each of {DUMP_TRIES} listings") })
@@ -135,11 +142,17 @@ fn broken(what: &impl Fn() -> String) -> Error {
     Error::Broken { what: what(), reason: "the netlink socket closed".into() }
 }
 
-fn refused(error: &ErrorMessage, what: String) -> Error {
-    match Errno::from_raw(error.raw_code().abs()) {
+/// `code` is a negative errno, `payload` what follows it in the message.
+fn refused(code: i32, payload: &[u8], what: String) -> Error {
+    match Errno::from_raw(code.abs()) {
         Errno::EPERM => Error::Privilege { what },
-        errno => Error::Kernel { what, errno, note: note(&error.header) },
+        errno => Error::Kernel { what, errno, note: note(payload) },
     }
+}
+
+/// Listing what is on a device that is gone: nothing is the right answer.
+fn absent_is_empty<T>(refusal: Error) -> Result<Vec<T>> {
+    if refusal.is_absent() { Ok(Vec::new()) } else { Err(refusal) }
 }
 
 /// The text of the extended acknowledgement that follows the echoed header (native byte order, padded to 4).
