@@ -130,13 +130,7 @@ pub fn find_for(tuple: &CtKey, scope: u8, way: Way, endpoint: &Endpoint, now: u6
 
 /// Remembers a flow that was admitted just now. `dialled` is the frontend that its opener dialled.
 #[inline(never)]
-pub fn open(
-    packet: &Packet,
-    scope: u8,
-    endpoint: &Endpoint,
-    admitted: &Admission,
-    now: u64,
-) -> Result<(), Reason> {
+pub fn open(packet: &Packet, scope: u8, endpoint: &Endpoint, admitted: &Admission, now: u64) -> Result<(), Reason> {
     let flags = next_flags(0, packet, Way::Forward);
     let dialled = scope == scope::OUT && !admitted.dialled.0.is_unspecified();
     let entry = CtEntry {

@@ -4,7 +4,7 @@ use core::ffi::c_void;
 use core::mem::{MaybeUninit, size_of};
 
 use aya_ebpf::bindings::{
-    BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, __sk_buff, bpf_tunnel_key,
+    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key,
 };
 use aya_ebpf::helpers::generated as h;
 use aya_ebpf::maps::LpmTrie;
@@ -36,8 +36,10 @@ pub fn lpm_get<K: IntoBytes + Immutable, D, V>(map: &'static LpmTrie<D, V>, key:
     // SAFETY: a map static is the map to the helper; the key has the size that the map was declared with, and what is found
     // stays readable for this run of the program.
     unsafe {
-        let found =
-            h::bpf_map_lookup_elem(core::ptr::from_ref(map).cast_mut().cast(), core::ptr::from_ref(key).cast::<c_void>());
+        let found = h::bpf_map_lookup_elem(
+            core::ptr::from_ref(map).cast_mut().cast(),
+            core::ptr::from_ref(key).cast::<c_void>(),
+        );
         found.cast::<V>().as_ref()
     }
 }

@@ -2,9 +2,7 @@
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{
-    Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, ProgramArray, RingBuf,
-};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, ProgramArray, RingBuf};
 use keelway_layout::{
     Addr, Backend, Counter, CtEntry, CtKey, Endpoint, EndpointDropKey, FragKey, FragPorts, Frontend, FrontendKey,
     Identity, NatEntry, NodeConfig, NodeState, SlotKey, SockBackend, SockFrontend, SockKey, Tunnel, maps as m,

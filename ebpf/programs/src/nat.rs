@@ -5,7 +5,7 @@ use keelway_layout::{Addr, CtKey, NatEntry, NodeConfig, Port, Reason, ct_flags, 
 use crate::ct::lifetime;
 use crate::kernel::{Skb, random};
 use crate::maps::NAT;
-use crate::parse::{self, FIN, ICMP4, ICMP6, Kind, Packet, RST, SCTP, TCP, UDP};
+use crate::parse::{self, FIN, ICMP4, ICMP6, Packet, RST, SCTP, TCP, UDP};
 use crate::policy::identity_of;
 use crate::rewrite::{self, Side};
 
@@ -15,11 +15,8 @@ const SECOND: u64 = 1_000_000_000;
 /// The node's address that a pod's packet takes, if it is one to masquerade.
 #[inline(always)]
 pub fn source_for(node: &NodeConfig, packet: &Packet) -> Option<Addr> {
-    let (flag, addr) = if packet.v6 {
-        (node_flags::MASQUERADE_V6, node.node_v6)
-    } else {
-        (node_flags::MASQUERADE_V4, node.node_v4)
-    };
+    let (flag, addr) =
+        if packet.v6 { (node_flags::MASQUERADE_V6, node.node_v6) } else { (node_flags::MASQUERADE_V4, node.node_v4) };
     (node.flags & flag != 0
         && !addr.is_unspecified()
         && identity_of(&packet.tuple.dst) == identity::WORLD
@@ -63,9 +60,6 @@ fn touch(entry: *mut NatEntry, packet: &Packet, replied: bool, now: u64) {
 /// Masquerades a pod's packet on its way out of the node.
 #[inline(never)]
 pub fn outbound(skb: Skb, packet: &mut Packet, node: &NodeConfig, addr: Addr, now: u64) -> Result<(), Reason> {
-    if packet.kind == Kind::IcmpError {
-        return outbound_error(skb, packet, addr, now);
-    }
     let mut key = packet.tuple;
     key.scope = scope::NAT_OUT;
     let port = match get(&key, now) {
@@ -90,7 +84,15 @@ pub fn outbound(skb: Skb, packet: &mut Packet, node: &NodeConfig, addr: Addr, no
 /// The key of the packet that answers a masqueraded one.
 #[inline(always)]
 fn answer(key: &CtKey, addr: Addr, port: Port) -> CtKey {
-    CtKey { src: key.dst, dst: addr, sport: key.dport, dport: port, proto: key.proto, scope: scope::NAT_IN, reserved: 0 }
+    CtKey {
+        src: key.dst,
+        dst: addr,
+        sport: key.dport,
+        dport: port,
+        proto: key.proto,
+        scope: scope::NAT_IN,
+        reserved: 0,
+    }
 }
 
 /// Finds a free port and takes it, for both directions.
@@ -122,9 +124,6 @@ fn claim(key: &CtKey, packet: &Packet, node: &NodeConfig, addr: Addr, now: u64) 
 /// Puts the pod back as destination of a packet from the outside; false when it is for nobody that we masqueraded.
 #[inline(never)]
 pub fn inbound(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> {
-    if packet.kind == Kind::IcmpError {
-        return inbound_error(skb, packet, now);
-    }
     let mut key = packet.tuple;
     key.scope = scope::NAT_IN;
     let Some(entry) = get(&key, now) else { return Ok(false) };
@@ -149,7 +148,7 @@ pub fn inbound(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> 
 
 /// An error about a masqueraded packet goes to the pod, with its own packet inside.
 #[inline(never)]
-fn inbound_error(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> {
+pub fn inbound_error(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> {
     let mut carried = Packet::EMPTY;
     parse::inner(skb, packet, &mut carried)?;
     let key = carried.tuple.reversed(scope::NAT_IN);
@@ -163,7 +162,7 @@ fn inbound_error(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason
 
 /// A pod's error about a packet that it got over a masqueraded flow leaves as the node's.
 #[inline(never)]
-fn outbound_error(skb: Skb, packet: &mut Packet, addr: Addr, now: u64) -> Result<(), Reason> {
+pub fn outbound_error(skb: Skb, packet: &mut Packet, addr: Addr, now: u64) -> Result<(), Reason> {
     let mut carried = Packet::EMPTY;
     parse::inner(skb, packet, &mut carried)?;
     let key = carried.tuple.reversed(scope::NAT_OUT);

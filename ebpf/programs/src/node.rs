@@ -7,7 +7,7 @@ use crate::count::Account;
 use crate::ct::{self, Way};
 use crate::kernel::{Skb, lpm_get, now};
 use crate::maps::{NODE, TUNNELS};
-use crate::parse::Packet;
+use crate::parse::{Kind, Packet};
 use crate::pod::endpoint;
 use crate::{deliver, nat};
 
@@ -23,16 +23,21 @@ fn is_node(node: &NodeConfig, packet: &Packet) -> bool {
 pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i32, Reason> {
     let Some(node) = NODE.get(0) else { return Ok(OK) };
     let now = now();
-    if is_node(node, packet) && !nat::inbound(skb, packet, now)? {
-        return Ok(OK);
+    if is_node(node, packet) {
+        let masqueraded = match packet.kind {
+            Kind::Flow => nat::inbound(skb, packet, now)?,
+            Kind::IcmpError => nat::inbound_error(skb, packet, now)?,
+        };
+        if !masqueraded {
+            return Ok(OK);
+        }
     }
     let Some(receiver) = endpoint(&packet.tuple.dst) else { return Ok(OK) };
     if endpoint(&packet.tuple.src).is_some() {
         return Err(Reason::SpoofedSource);
     }
     if node.flags & node_flags::VXLAN != 0
-        && lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.src))
-            .is_some_and(|tunnel| tunnel.remote != packet.tuple.src)
+        && lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.src)).is_some_and(|tunnel| tunnel.remote != packet.tuple.src)
     {
         return Err(Reason::UntunnelledPod);
     }
@@ -51,7 +56,10 @@ pub fn egress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i3
     if answers(packet, sender, now) {
         return Ok(OK);
     }
-    nat::outbound(skb, packet, node, addr, now)?;
+    match packet.kind {
+        Kind::Flow => nat::outbound(skb, packet, node, addr, now)?,
+        Kind::IcmpError => nat::outbound_error(skb, packet, addr, now)?,
+    }
     Ok(OK)
 }
 

@@ -163,11 +163,7 @@ fn ipv6(skb: Skb, l3: u32) -> Result<Packet, Reason> {
     const DESTINATION: u8 = 60;
     let ip: Ipv6 = skb.load(l3)?;
     let mut packet = Packet {
-        tuple: CtKey {
-            src: Addr::from_words(ip.src),
-            dst: Addr::from_words(ip.dst),
-            ..CtKey::default()
-        },
+        tuple: CtKey { src: Addr::from_words(ip.src), dst: Addr::from_words(ip.dst), ..CtKey::default() },
         l4: l3 + 40,
         v6: true,
         ..Packet::EMPTY

@@ -16,7 +16,11 @@ fn fold(sum: u32) -> u16 {
 /// Turns the packet into an ICMP error and returns it to the pod that sent it.
 #[inline(always)]
 pub fn port_unreachable(skb: Skb, packet: &Packet, endpoint: &Endpoint) -> Result<i32, Reason> {
-    if packet.v6 { v6(skb)? } else { v4(skb, packet)? };
+    if packet.v6 {
+        v6(skb)?
+    } else {
+        v4(skb, packet)?
+    };
     skb.store(0, &endpoint.mac)?;
     skb.store(6, &endpoint.host_mac)?;
     Ok(skb.redirect_peer(endpoint.ifindex))

@@ -88,14 +88,7 @@ fn port(skb: Skb, packet: &Packet, side: Side, old: Port, new: Port) -> Result<(
 ///
 /// The carried packet's own transport checksum is left: the error seldom shows all of what it covers.
 #[inline(always)]
-pub fn inner(
-    skb: Skb,
-    outer: &Packet,
-    carried: &Packet,
-    side: Side,
-    addr: Addr,
-    port: Port,
-) -> Result<(), Reason> {
+pub fn inner(skb: Skb, outer: &Packet, carried: &Packet, side: Side, addr: Addr, port: Port) -> Result<(), Reason> {
     let l3 = outer.l4 + 8;
     let csum = outer.l4 + 2;
     let (old_addr, old_port) = match side {

@@ -1,0 +1,180 @@
+//! Loading: check the pins, load beside what runs, switch by one word.
+
+use std::path::Path;
+
+use aya::maps::ProgramArray;
+use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfLoader};
+use keelway_layout::{Hook, NodeState};
+
+use crate::attach::Attachments;
+use crate::error::Error;
+use crate::object::object;
+use crate::pins::{Pins, specs};
+use crate::tables::Tables;
+
+/// A hook's two programs and the array between them.
+pub struct HookPrograms {
+    pub hook: Hook,
+    pub entry: &'static str,
+    pub work: &'static str,
+    pub array: &'static str,
+    pub socket: bool,
+}
+
+macro_rules! hooks {
+    ($($hook:ident, $entry:literal, $work:literal, $array:literal, $socket:literal;)*) => {
+        &[$(HookPrograms { hook: Hook::$hook, entry: $entry, work: $work, array: $array, socket: $socket },)*]
+    };
+}
+
+pub const HOOKS: &[HookPrograms] = hooks! {
+    PodIngress, "pod_ingress", "pod_ingress_work", "kwp_pod_in", false;
+    PodEgress, "pod_egress", "pod_egress_work", "kwp_pod_out", false;
+    NodeIngress, "node_ingress", "node_ingress_work", "kwp_node_in", false;
+    NodeEgress, "node_egress", "node_egress_work", "kwp_node_out", false;
+    VxlanIngress, "vxlan_ingress", "vxlan_ingress_work", "kwp_vxlan_in", false;
+    VxlanEgress, "vxlan_egress", "vxlan_egress_work", "kwp_vxlan_out", false;
+    Connect4, "connect4", "connect4_work", "kwp_connect4", true;
+    Connect6, "connect6", "connect6_work", "kwp_connect6", true;
+    Sendmsg4, "sendmsg4", "sendmsg4_work", "kwp_sendmsg4", true;
+    Sendmsg6, "sendmsg6", "sendmsg6_work", "kwp_sendmsg6", true;
+    Recvmsg4, "recvmsg4", "recvmsg4_work", "kwp_recvmsg4", true;
+    Recvmsg6, "recvmsg6", "recvmsg6_work", "kwp_recvmsg6", true;
+    Getpeername4, "getpeername4", "getpeername4_work", "kwp_peername4", true;
+    Getpeername6, "getpeername6", "getpeername6_work", "kwp_peername6", true;
+};
+
+/// The loaded programs, the open tables and what is attached.
+pub struct Datapath {
+    ebpf: Ebpf,
+    /// The maps.
+    pub tables: Tables,
+    pub(crate) attachments: Attachments,
+}
+
+fn program_error(name: &str) -> impl Fn(ProgramError) -> Error {
+    move |error| {
+        let reason = match &error {
+            ProgramError::LoadError { io_error, verifier_log } => {
+                // The verdict stands at the end of the log.
+                let log = verifier_log.to_string();
+                let from = log.char_indices().rev().nth(1500).map_or(0, |(index, _)| index);
+                format!("{io_error}: {}", &log[from..])
+            }
+            other => other.to_string(),
+        };
+        Error::Refused { what: format!("program {name}"), reason }
+    }
+}
+
+impl Datapath {
+    /// Loads this build's programs beside those that run, on the maps that are pinned below `bpffs` or on new ones.
+    ///
+    /// # Errors
+    /// See [`Error`]; nothing that ran before is changed.
+    pub fn open(bpffs: &Path) -> Result<Self, Error> {
+        let object = object()?;
+        let pins = Pins::below(bpffs);
+        pins.prepare(bpffs)?;
+        pins.check_maps()?;
+        let mut loader = EbpfLoader::new();
+        let folder = pins.maps();
+        for spec in specs() {
+            loader.map_pin_path(spec.name, folder.join(spec.name));
+        }
+        let mut ebpf = loader
+            .load(object)
+            .map_err(|error| Error::Refused { what: "the object".into(), reason: error.to_string() })?;
+        for hook in HOOKS {
+            for name in [hook.entry, hook.work] {
+                load(&mut ebpf, name, hook.socket)?;
+            }
+        }
+        let tables = Tables::open(&mut ebpf)?;
+        Ok(Self { ebpf, tables, attachments: Attachments::new(pins) })
+    }
+
+    /// Puts this build's programs in the other slot of every hook and makes it the current one: one write, after which all
+    /// hooks of the node run them. Returns the generation.
+    ///
+    /// # Errors
+    /// What the kernel says; the programs that ran before then still run.
+    pub fn switch(&mut self) -> Result<u32, Error> {
+        let state = self.tables.state()?;
+        let generation = state.generation.wrapping_add(1);
+        for hook in HOOKS {
+            let program = self.ebpf.program(hook.work).and_then(|program| program.fd().ok());
+            let program = program
+                .ok_or_else(|| missing(hook.work))?
+                .try_clone()
+                .map_err(|error| Error::Refused { what: hook.work.into(), reason: error.to_string() })?;
+            let map = self.ebpf.map_mut(hook.array).ok_or_else(|| missing(hook.array))?;
+            let refused =
+                |error: aya::maps::MapError| Error::Refused { what: hook.array.into(), reason: error.to_string() };
+            let mut array = ProgramArray::try_from(map).map_err(refused)?;
+            array.set(generation & 1, &program, 0).map_err(refused)?;
+        }
+        self.tables.set_state(NodeState { generation, ..state })?;
+        Ok(generation)
+    }
+
+    pub(crate) fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier, Error> {
+        self.ebpf
+            .program_mut(name)
+            .ok_or_else(|| missing(name))?
+            .try_into()
+            .map_err(|error: ProgramError| program_error(name)(error))
+    }
+
+    pub(crate) fn socket_program(&mut self, name: &str) -> Result<&mut CgroupSockAddr, Error> {
+        self.ebpf
+            .program_mut(name)
+            .ok_or_else(|| missing(name))?
+            .try_into()
+            .map_err(|error: ProgramError| program_error(name)(error))
+    }
+}
+
+fn missing(name: &str) -> Error {
+    Error::Refused { what: name.into(), reason: "not in the object".into() }
+}
+
+fn load(ebpf: &mut Ebpf, name: &str, socket: bool) -> Result<(), Error> {
+    let program = ebpf.program_mut(name).ok_or_else(|| missing(name))?;
+    if socket {
+        let program: &mut CgroupSockAddr = program.try_into().map_err(program_error(name))?;
+        program.load().map_err(program_error(name))
+    } else {
+        let program: &mut SchedClassifier = program.try_into().map_err(program_error(name))?;
+        program.load().map_err(program_error(name))
+    }
+}
+
+/// Detaches and unpins everything of ours below `bpffs`, of every version. Returns what was removed.
+///
+/// # Errors
+/// Of the file system; what was removed until then stays removed.
+pub fn cleanup(bpffs: &Path) -> Result<Vec<String>, Error> {
+    let root = Pins::below(bpffs).root().to_owned();
+    let mut removed = Vec::new();
+    remove_tree(&root, &mut removed).map_err(|source| Error::Io { path: root, source })?;
+    Ok(removed)
+}
+
+fn remove_tree(path: &Path, removed: &mut Vec<String>) -> std::io::Result<()> {
+    let entries = match std::fs::read_dir(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path(), removed)?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+            removed.push(entry.path().display().to_string());
+        }
+    }
+    std::fs::remove_dir(path)
+}

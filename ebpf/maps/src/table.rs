@@ -1,0 +1,266 @@
+use std::io;
+use std::marker::PhantomData;
+
+use aya::maps::lpm_trie::Key as LpmKey;
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
+use zerocopy::{FromBytes, IntoBytes};
+
+use keelway_layout::{Counter, CounterKey, Hook, Reason};
+
+use crate::error::TableError;
+use crate::raw::{Plain, Raw};
+
+/// One map as a table of typed entries.
+pub trait Table<K, V>: Send {
+    /// The map's name.
+    fn name(&self) -> &'static str;
+    /// How many entries it can hold.
+    fn capacity(&self) -> u32;
+    /// The entry of exactly this key.
+    ///
+    /// # Errors
+    /// When the kernel refuses; an absent entry is `None`.
+    fn get(&self, key: &K) -> Result<Option<V>, TableError>;
+    /// Inserts or replaces.
+    ///
+    /// # Errors
+    /// [`TableError::Full`], [`TableError::Busy`] or what else the kernel says.
+    fn put(&mut self, key: &K, value: &V) -> Result<(), TableError>;
+    /// Removes; an absent entry is a success.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn delete(&mut self, key: &K) -> Result<(), TableError>;
+    /// All entries. Entries that change meanwhile may be missed or seen twice.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn dump(&self) -> Result<Vec<(K, V)>, TableError>;
+    /// How many entries there are.
+    ///
+    /// # Errors
+    /// As [`Self::dump`].
+    fn len(&self) -> Result<u64, TableError>;
+    /// Whether there are none.
+    ///
+    /// # Errors
+    /// As [`Self::dump`].
+    fn is_empty(&self) -> Result<bool, TableError> {
+        Ok(self.len()? == 0)
+    }
+}
+
+/// How a key type is told to a longest-prefix table: its first four bytes are the prefix length.
+pub trait PrefixKeyed: Plain {
+    /// What follows the prefix length.
+    type Data: Plain + Send;
+}
+
+impl PrefixKeyed for keelway_layout::PrefixKey {
+    type Data = [u8; 16];
+}
+impl PrefixKeyed for keelway_layout::RuleKey {
+    type Data = [u8; 12];
+}
+impl PrefixKeyed for keelway_layout::CidrKey {
+    type Data = [u8; 24];
+}
+
+fn to_lpm<K: PrefixKeyed>(key: &K) -> LpmKey<Raw<K::Data>> {
+    let (len, data) = key.as_bytes().split_at(4);
+    let len = u32::from_ne_bytes(len.try_into().expect("four bytes"));
+    LpmKey::new(len, Raw(K::Data::read_from_bytes(data).expect("the rest of the key")))
+}
+
+fn from_lpm<K: PrefixKeyed>(key: &LpmKey<Raw<K::Data>>) -> K {
+    let mut bytes = key.prefix_len().to_ne_bytes().to_vec();
+    bytes.extend_from_slice(key.data().0.as_bytes());
+    K::read_from_bytes(&bytes).expect("a prefix length and the rest of the key")
+}
+
+enum Kind<K: Plain, V: Plain> {
+    Hash(HashMap<MapData, Raw<K>, Raw<V>>),
+    Prefix(Box<dyn PrefixTable<K, V>>),
+}
+
+/// A longest-prefix table with its key type taken apart.
+trait PrefixTable<K, V>: Send {
+    fn get(&self, key: &K) -> Result<V, MapError>;
+    fn put(&mut self, key: &K, value: &V) -> Result<(), MapError>;
+    fn delete(&mut self, key: &K) -> Result<(), MapError>;
+    fn entries(&self) -> Vec<Result<(K, V), MapError>>;
+}
+
+struct Prefix<K: PrefixKeyed, V: Plain>(LpmTrie<MapData, Raw<K::Data>, Raw<V>>);
+
+impl<K: PrefixKeyed + Send, V: Plain + Send> PrefixTable<K, V> for Prefix<K, V> {
+    fn get(&self, key: &K) -> Result<V, MapError> {
+        self.0.get(&to_lpm(key), 0).map(|raw| raw.0)
+    }
+    fn put(&mut self, key: &K, value: &V) -> Result<(), MapError> {
+        self.0.insert(&to_lpm(key), Raw(*value), 0)
+    }
+    fn delete(&mut self, key: &K) -> Result<(), MapError> {
+        self.0.remove(&to_lpm(key))
+    }
+    fn entries(&self) -> Vec<Result<(K, V), MapError>> {
+        self.0.iter().map(|entry| entry.map(|(key, value)| (from_lpm(&key), value.0))).collect()
+    }
+}
+
+/// A table that is a map of the kernel.
+pub struct KernelTable<K: Plain, V: Plain> {
+    name: &'static str,
+    capacity: u32,
+    kind: Kind<K, V>,
+}
+
+fn io_error(error: &MapError) -> io::Error {
+    match error {
+        MapError::SyscallError(error) => error
+            .io_error
+            .raw_os_error()
+            .map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error),
+        other => io::Error::other(other.to_string()),
+    }
+}
+
+fn is_absent(error: &MapError) -> bool {
+    matches!(error, MapError::KeyNotFound) || io_error(error).raw_os_error() == Some(libc::ENOENT)
+}
+
+impl<K: Plain, V: Plain> KernelTable<K, V> {
+    pub(crate) fn hash(name: &'static str, capacity: u32, map: Map) -> Result<Self, MapError> {
+        Ok(Self { name, capacity, kind: Kind::Hash(HashMap::try_from(map)?) })
+    }
+
+    fn error(&self, error: &MapError) -> TableError {
+        TableError::from_io(self.name, self.capacity, &io_error(error))
+    }
+}
+
+impl<K: PrefixKeyed + Send, V: Plain + Send> KernelTable<K, V> {
+    pub(crate) fn prefix(name: &'static str, capacity: u32, map: Map) -> Result<Self, MapError> {
+        Ok(Self { name, capacity, kind: Kind::Prefix(Box::new(Prefix::<K, V>(LpmTrie::try_from(map)?))) })
+    }
+}
+
+impl<K: Plain + Send, V: Plain + Send> Table<K, V> for KernelTable<K, V> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    fn get(&self, key: &K) -> Result<Option<V>, TableError> {
+        let found = match &self.kind {
+            Kind::Hash(map) => map.get(&Raw(*key), 0).map(|raw| raw.0),
+            Kind::Prefix(map) => map.get(key),
+        };
+        match found {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if is_absent(&error) => Ok(None),
+            Err(error) => Err(self.error(&error)),
+        }
+    }
+
+    fn put(&mut self, key: &K, value: &V) -> Result<(), TableError> {
+        let done = match &mut self.kind {
+            Kind::Hash(map) => map.insert(Raw(*key), Raw(*value), 0),
+            Kind::Prefix(map) => map.put(key, value),
+        };
+        done.map_err(|error| self.error(&error))
+    }
+
+    fn delete(&mut self, key: &K) -> Result<(), TableError> {
+        let done = match &mut self.kind {
+            Kind::Hash(map) => map.remove(&Raw(*key)),
+            Kind::Prefix(map) => map.delete(key),
+        };
+        match done {
+            Err(error) if !is_absent(&error) => Err(self.error(&error)),
+            _ => Ok(()),
+        }
+    }
+
+    fn dump(&self) -> Result<Vec<(K, V)>, TableError> {
+        let entries: Vec<_> = match &self.kind {
+            Kind::Hash(map) => map.iter().map(|entry| entry.map(|(k, v)| (k.0, v.0))).collect(),
+            Kind::Prefix(map) => map.entries(),
+        };
+        let mut found = Vec::with_capacity(entries.len());
+        for entry in entries {
+            match entry {
+                Ok(entry) => found.push(entry),
+                // Deleted between being named and being read.
+                Err(error) if is_absent(&error) => {}
+                Err(error) => return Err(self.error(&error)),
+            }
+        }
+        Ok(found)
+    }
+
+    fn len(&self) -> Result<u64, TableError> {
+        match &self.kind {
+            Kind::Hash(map) => Ok(map.keys().filter(Result::is_ok).count() as u64),
+            Kind::Prefix(map) => Ok(map.entries().iter().filter(|entry| entry.is_ok()).count() as u64),
+        }
+    }
+}
+
+/// The counters, summed over CPUs.
+pub struct CounterTable {
+    pub(crate) by_hook: PerCpuArray<MapData, Raw<Counter>>,
+    pub(crate) by_endpoint: PerCpuHashMap<MapData, Raw<keelway_layout::EndpointDropKey>, Raw<Counter>>,
+    pub(crate) _layout: PhantomData<Counter>,
+}
+
+impl CounterTable {
+    /// Packets and bytes since the maps were made.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn get(&self, hook: Hook, reason: Reason) -> Result<Counter, TableError> {
+        let values = self.by_hook.get(&CounterKey::index(hook, reason), 0).map_err(|error| {
+            TableError::from_io(keelway_layout::maps::COUNTERS, keelway_layout::maps::MAX_COUNTERS, &io_error(&error))
+        })?;
+        Ok(values.iter().fold(Counter::default(), |sum, one| Counter {
+            packets: sum.packets + one.0.packets,
+            bytes: sum.bytes + one.0.bytes,
+        }))
+    }
+
+    /// Every counter that is not zero.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn all(&self) -> Result<Vec<(Hook, Reason, Counter)>, TableError> {
+        let mut found = Vec::new();
+        for hook in Hook::ALL {
+            for reason in Reason::ALL {
+                let counter = self.get(*hook, *reason)?;
+                if counter.packets != 0 {
+                    found.push((*hook, *reason, counter));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Drops by endpoint.
+    pub fn by_endpoint(&self) -> Vec<(keelway_layout::EndpointDropKey, Counter)> {
+        self.by_endpoint
+            .iter()
+            .flatten()
+            .map(|(key, values)| {
+                let sum = values.iter().fold(Counter::default(), |sum, one| Counter {
+                    packets: sum.packets + one.0.packets,
+                    bytes: sum.bytes + one.0.bytes,
+                });
+                (key.0, sum)
+            })
+            .collect()
+    }
+}

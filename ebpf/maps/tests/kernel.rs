@@ -1,0 +1,132 @@
+//! Against the kernel, as root: every program passes the verifier, pins are checked, generations change over, hooks outlive
+//! the process that attached them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use keelway_layout::{Addr, Endpoint, Hook};
+use keelway_maps::{Datapath, Error, Table, cleanup};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// A bpffs of the test's own, gone with it.
+struct Bpffs(tempfile::TempDir);
+
+impl Bpffs {
+    fn new() -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "these tests load BPF programs and need root");
+        let dir = tempfile::tempdir().unwrap();
+        mount(Some("bpf"), dir.path(), Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
+        Self(dir)
+    }
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// A cgroup of the test's own.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(name: &str) -> Self {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let root = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup v2 mount");
+        let path = Path::new(root.split(' ').nth(1).unwrap()).join(format!("kwmaps-{name}-{}", std::process::id()));
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn a_second_open_finds_what_the_first_wrote_and_switches_the_generation() {
+    let bpffs = Bpffs::new();
+    let addr = Addr::from("10.0.0.1".parse::<std::net::IpAddr>().unwrap());
+    let written = Endpoint { ifindex: 7, id: 9, ..Endpoint::default() };
+    {
+        let mut first = Datapath::open(bpffs.path()).unwrap();
+        first.tables.endpoints.put(&addr, &written).unwrap();
+        assert_eq!(first.switch().unwrap(), 1);
+    }
+    let mut second = Datapath::open(bpffs.path()).unwrap();
+    assert_eq!(second.tables.endpoints.get(&addr).unwrap(), Some(written));
+    assert_eq!(second.switch().unwrap(), 2);
+    assert!(!cleanup(bpffs.path()).unwrap().is_empty());
+    assert!(!bpffs.path().join("keelway").exists());
+}
+
+#[test]
+fn socket_hooks_outlive_the_process_and_are_not_attached_twice() {
+    let bpffs = Bpffs::new();
+    let cgroup = Cgroup::new("sock");
+    let ids = || {
+        let mut datapath = Datapath::open(bpffs.path()).unwrap();
+        datapath.attach_cgroup(&cgroup.0).unwrap();
+        let hooks = datapath.hooks();
+        assert_eq!(hooks.len(), 8);
+        assert!(hooks.iter().all(|hook| hook.alive));
+        hooks.iter().map(|hook| (hook.hook, hook.link_id)).collect::<Vec<_>>()
+    };
+    let first: Vec<(Hook, u32)> = ids();
+    assert_eq!(first, ids());
+    cleanup(bpffs.path()).unwrap();
+}
+
+#[test]
+fn a_foreign_map_under_our_name_is_named() {
+    let bpffs = Bpffs::new();
+    let folder = bpffs.path().join("keelway/v1");
+    std::fs::create_dir_all(&folder).unwrap();
+    let pin = folder.join(keelway_layout::maps::BACKENDS);
+    let made = Command::new("bpftool")
+        .args([
+            "map",
+            "create",
+            pin.to_str().unwrap(),
+            "type",
+            "hash",
+            "key",
+            "4",
+            "value",
+            "3",
+            "entries",
+            "5",
+            "name",
+            "x",
+        ])
+        .status()
+        .expect("bpftool is installed");
+    assert!(made.success());
+    match Datapath::open(bpffs.path()) {
+        Err(Error::ForeignMap { path, what, found, .. }) => {
+            assert_eq!((path, what, found.as_str()), (pin, "its value size", "3"));
+        }
+        Err(other) => panic!("another error: {other}"),
+        Ok(_) => panic!("it was accepted"),
+    }
+}
+
+#[test]
+fn a_folder_that_is_no_bpffs_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = Datapath::open(dir.path()).err().expect("an error");
+    assert!(matches!(error, Error::NotBpffs { .. }), "{error}");
+}
+
+#[test]
+fn a_newer_layout_is_left_alone() {
+    let bpffs = Bpffs::new();
+    std::fs::create_dir_all(bpffs.path().join("keelway/v99")).unwrap();
+    let error = Datapath::open(bpffs.path()).err().expect("an error");
+    assert!(matches!(error, Error::NewerLayout { found: 99, .. }), "{error}");
+}
