@@ -148,7 +148,9 @@ mod tests {
     fn this_workspace_breaks_a_stricter_rule() {
         let workspace = workspace(&metadata().unwrap()).unwrap();
         let found = Rules::parse("keelway-agent pure keelway-layout").unwrap().breaches(&workspace);
-        for expected in ["keelway-agent must not depend on keelway-maps", "keelway-agent is pure and would be linked with tokio"] {
+        for expected in
+            ["keelway-agent must not depend on keelway-maps", "keelway-agent is pure and would be linked with tokio"]
+        {
             assert!(found.iter().any(|breach| breach.starts_with(expected)), "{expected:?} not in {found:#?}");
         }
     }
