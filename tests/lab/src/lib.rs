@@ -6,17 +6,21 @@
 //! owner panics, and when it is interrupted or killed (see [`clean`]).
 //!
 //! On top of it: [`containerd`] and [`cri`] start pods as a kubelet does, [`image`] makes images from local files,
-//! [`standalone`] plays the cluster for an agent that reads manifests, [`cluster`] is a real Kubernetes.
+//! [`probe`] is the traffic.
 #![forbid(unsafe_code)]
 
 pub mod boot;
 pub mod cgroup;
 pub mod clean;
+pub mod containerd;
+pub mod cri;
 pub mod enter;
 mod host;
+pub mod image;
 mod lab;
 pub mod netns;
 mod node;
+pub mod probe;
 mod process;
 pub mod sh;
 

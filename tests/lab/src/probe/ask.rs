@@ -1,0 +1,87 @@
+//! Many connections, one question each.
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Ask, Asked, Percentiles, failure};
+
+/// One answer: who, whom they saw, how long it took, and whether it came from the address asked.
+struct Answer {
+    name: String,
+    peer: String,
+    took: Duration,
+    right_source: bool,
+}
+
+/// Asks one after another.
+pub(super) fn ask(wanted: &Ask) -> Asked {
+    let mut report = Asked::default();
+    let (mut times, start) = (Vec::new(), Instant::now());
+    for number in 0..wanted.count {
+        if let Some(gap) = Duration::from_secs(number).checked_div(u32::try_from(wanted.rate).unwrap_or(u32::MAX)) {
+            thread::sleep((start + gap).saturating_duration_since(Instant::now()));
+        }
+        report.tried += 1;
+        match if wanted.udp { ask_udp(wanted, number) } else { ask_tcp(wanted, number) } {
+            Ok(answer) => {
+                *report.answers.entry(answer.name).or_default() += 1;
+                *report.seen_as.entry(answer.peer).or_default() += 1;
+                report.wrong_source += u64::from(!answer.right_source);
+                times.push(answer.took);
+            }
+            Err(error) => *report.failures.entry(failure(&error)).or_default() += 1,
+        }
+    }
+    report.per_second = times.len() as f64 / start.elapsed().as_secs_f64();
+    report.latency = Percentiles::of(times);
+    report
+}
+
+fn ask_tcp(wanted: &Ask, number: u64) -> io::Result<Answer> {
+    let (limit, start) = (Duration::from_millis(wanted.timeout), Instant::now());
+    let mut stream = TcpStream::connect_timeout(&wanted.target, limit)?;
+    let took = start.elapsed();
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_nodelay(true)?;
+    stream.write_all(format!("{number}\n").as_bytes())?;
+    let mut line = String::new();
+    if BufReader::new(&stream).read_line(&mut line)? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    read_answer(&line, number, took, stream.peer_addr()? == wanted.target)
+}
+
+fn ask_udp(wanted: &Ask, number: u64) -> io::Result<Answer> {
+    let start = Instant::now();
+    let socket = UdpSocket::bind(local(wanted.target))?;
+    socket.set_read_timeout(Some(Duration::from_millis(wanted.timeout)))?;
+    let mut buffer = [0; 2048];
+    let (length, source) = if wanted.unconnected {
+        socket.send_to(number.to_string().as_bytes(), wanted.target)?;
+        socket.recv_from(&mut buffer)?
+    } else {
+        socket.connect(wanted.target)?;
+        socket.send(number.to_string().as_bytes())?;
+        (socket.recv(&mut buffer)?, socket.peer_addr()?)
+    };
+    read_answer(&String::from_utf8_lossy(&buffer[..length]), number, start.elapsed(), source == wanted.target)
+}
+
+fn read_answer(line: &str, number: u64, took: Duration, right_source: bool) -> io::Result<Answer> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    match words[..] {
+        [name, peer, echoed] if echoed == number.to_string() => {
+            Ok(Answer { name: name.to_owned(), peer: peer.to_owned(), took, right_source })
+        }
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "wrong answer")),
+    }
+}
+
+/// Any address and port of the target's family.
+pub(super) fn local(target: SocketAddr) -> SocketAddr {
+    match target {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    }
+}

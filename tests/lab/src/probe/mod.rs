@@ -1,0 +1,209 @@
+//! The traffic that the lab's assertions are made of: a server that says who it is, and clients that count.
+//!
+//! A message is one line; the server's answer is its host name, the peer's address as it sees it, and the line. The
+//! program `keelway-probe` runs these in pods and on machines and prints a report as one line of JSON.
+mod ask;
+mod flow;
+mod pause;
+mod serve;
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use serde::{Deserialize, Serialize};
+
+/// What `keelway-probe` does.
+#[derive(Subcommand, Debug)]
+pub enum Probe {
+    /// Hold a pod's namespaces and reap its orphans, until told to end.
+    Pause,
+    /// Answer on this port, TCP and UDP, both families, until told to end.
+    Serve {
+        /// TCP and UDP port.
+        #[arg(long, default_value_t = 8080)]
+        port: u16,
+        /// What to call itself; the host name if not given.
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Ask once over each of many new connections.
+    Ask(Ask),
+    /// Send numbered messages at a steady pace over one connection.
+    Flow(Flow),
+}
+
+/// Many connections, one question each.
+#[derive(Args, Debug)]
+pub struct Ask {
+    /// Address and port.
+    pub target: SocketAddr,
+    /// UDP instead of TCP.
+    #[arg(long)]
+    pub udp: bool,
+    /// For UDP: do not connect the socket; send with an address each time.
+    #[arg(long)]
+    pub unconnected: bool,
+    /// How many.
+    #[arg(long, default_value_t = 1)]
+    pub count: u64,
+    /// Connections per second; 0 for as many as it can.
+    #[arg(long, default_value_t = 0)]
+    pub rate: u64,
+    /// Milliseconds until a connection or an answer counts as timed out.
+    #[arg(long, default_value_t = 1000)]
+    pub timeout: u64,
+}
+
+/// One connection, many messages.
+#[derive(Args, Debug)]
+pub struct Flow {
+    /// Address and port.
+    pub target: SocketAddr,
+    /// UDP instead of TCP.
+    #[arg(long)]
+    pub udp: bool,
+    /// Messages per second.
+    #[arg(long, default_value_t = 200)]
+    pub rate: u64,
+    /// How long to send, in seconds.
+    #[arg(long, default_value_t = 5.0)]
+    pub seconds: f64,
+}
+
+/// What [`Ask`] saw.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Connections tried.
+    pub tried: u64,
+    /// Answers, by the host name in them.
+    pub answers: BTreeMap<String, u64>,
+    /// The client's own address as servers saw it, counted.
+    pub seen_as: BTreeMap<String, u64>,
+    /// Failures by kind: `refused`, `timeout`, `reset`, `unreachable`, `denied`, ...
+    pub failures: BTreeMap<String, u64>,
+    /// UDP answers whose source was not the address asked.
+    pub wrong_source: u64,
+    /// Microseconds until a connection stood (for UDP: until the answer), of the successful ones.
+    pub latency: Percentiles,
+    /// Successful questions per second.
+    pub per_second: f64,
+}
+
+/// What [`Flow`] saw.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Flowed {
+    /// Messages sent.
+    pub sent: u64,
+    /// Messages answered, each counted once.
+    pub answered: u64,
+    /// Answers that came twice.
+    pub duplicates: u64,
+    /// Errors by kind, as in [`Asked::failures`]; any ends a TCP flow.
+    pub failures: BTreeMap<String, u64>,
+    /// Who answered, counted.
+    pub answers: BTreeMap<String, u64>,
+    /// The longest time between two answers, in microseconds.
+    pub longest_gap: u64,
+    /// Microseconds from a message to its answer.
+    pub latency: Percentiles,
+}
+
+impl Asked {
+    /// How many were answered.
+    pub fn answered(&self) -> u64 {
+        self.answers.values().sum()
+    }
+}
+
+impl Flowed {
+    /// Messages that were never answered.
+    pub fn lost(&self) -> u64 {
+        self.sent - self.answered
+    }
+}
+
+/// Of a set of measured times, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Percentiles {
+    pub p50: u64,
+    pub p90: u64,
+    pub p99: u64,
+    pub max: u64,
+}
+
+impl Percentiles {
+    /// The percentiles of these times; all 0 for none.
+    pub fn of(mut times: Vec<Duration>) -> Self {
+        times.sort_unstable();
+        let at = |share: f64| {
+            let index = ((times.len() as f64 * share).ceil() as usize).clamp(1, times.len().max(1)) - 1;
+            times.get(index).map_or(0, |time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX))
+        };
+        Self { p50: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1.0) }
+    }
+}
+
+/// The word under which an error is counted.
+fn failure(error: &std::io::Error) -> String {
+    let word = match error.kind() {
+        ErrorKind::ConnectionRefused => "refused",
+        ErrorKind::TimedOut | ErrorKind::WouldBlock => "timeout",
+        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof => "reset",
+        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => "unreachable",
+        ErrorKind::PermissionDenied => "denied",
+        _ => return error.to_string(),
+    };
+    word.to_owned()
+}
+
+/// Does what is asked; clients print their report.
+pub fn run(probe: &Probe) -> Result<()> {
+    match probe {
+        Probe::Pause => pause::pause(),
+        Probe::Serve { port, name } => serve::serve(*port, name.as_deref()),
+        Probe::Ask(wanted) => Ok(println!("{}", serde_json::to_string(&ask::ask(wanted))?)),
+        Probe::Flow(wanted) => Ok(println!("{}", serde_json::to_string(&flow::flow(wanted)?)?)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_of_the_nearest_rank() {
+        let times = |n: u64| (1..=n).map(Duration::from_micros).collect::<Vec<_>>();
+        assert_eq!(Percentiles::of(times(100)), Percentiles { p50: 50, p90: 90, p99: 99, max: 100 });
+        assert_eq!(Percentiles::of(times(1)), Percentiles { p50: 1, p90: 1, p99: 1, max: 1 });
+        assert_eq!(Percentiles::of(vec![]), Percentiles::default());
+    }
+
+    #[test]
+    fn counts_answers_refusals_and_a_whole_flow() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        std::thread::spawn(move || serve::serve(port, Some("me")));
+        let target: SocketAddr = format!("127.0.0.1:{port}").parse().unwrap();
+        let ask = |udp, unconnected| ask::ask(&Ask { target, udp, unconnected, count: 5, rate: 0, timeout: 1000 });
+        crate::sh::wait_for("the server", Duration::from_secs(5), || {
+            anyhow::ensure!(ask(true, false).answered() == 5);
+            Ok(())
+        })
+        .unwrap();
+        for report in [ask(false, false), ask(true, false), ask(true, true)] {
+            assert_eq!((report.answers.get("me"), report.wrong_source), (Some(&5), 0), "{report:?}");
+        }
+        for udp in [false, true] {
+            let flowed = flow::flow(&Flow { target, udp, rate: 1000, seconds: 0.3 }).unwrap();
+            assert!(flowed.lost() == 0 && flowed.sent >= 250 && flowed.failures.is_empty(), "{flowed:?}");
+        }
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let refused =
+            ask::ask(&Ask { target: closed, udp: false, unconnected: false, count: 2, rate: 0, timeout: 500 });
+        assert_eq!(refused.failures.get("refused"), Some(&2), "{refused:?}");
+    }
+}
