@@ -17,5 +17,8 @@ test: setup ## run every suite; ends in a table
 lint: ## format, walls, scripts, licences and clippy
 	@cargo xtask test format walls scripts "licences and bans" clippy
 
+kernels: setup ## load and run the data plane on Debian's 6.1 and 6.12 kernels under QEMU
+	@cargo xtask kernels
+
 clean: ## remove what was built
 	cargo clean
