@@ -52,7 +52,9 @@ impl Tables {
         let mut ids = BTreeSet::new();
         for (key, value) in &dump.frontends {
             if key.is_any_port() {
-                self.frontends.insert(*key, State { value: *value, slots: Vec::new() });
+                if value.id == 0 {
+                    self.frontends.insert(*key, State { value: *value, slots: Vec::new() });
+                }
                 continue;
             }
             // An id that two frontends have, or none, is nothing to build on: the frontend is made again.
@@ -91,8 +93,12 @@ impl Tables {
                 deleted.insert(*key);
             }
         }
-        let counts: BTreeMap<u32, usize> =
-            self.frontends.values().map(|state| (state.value.id, state.slots.len())).collect();
+        let counts: BTreeMap<u32, usize> = self
+            .frontends
+            .values()
+            .map(|state| (state.value.id, state.slots.len()))
+            .filter(|(id, _)| *id != 0)
+            .collect();
         for (key, _) in &dump.slots {
             let in_use = counts.get(&key.frontend).is_some_and(|count| (key.slot as usize) < *count);
             if !in_use && !deleted.contains(key) {

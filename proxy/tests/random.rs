@@ -31,19 +31,24 @@ fn addr(text: &str) -> IpAddr {
 }
 
 fn service_name() -> impl Strategy<Value = ObjectName> {
-    select(vec!["a", "b", "c"]).prop_map(|name| ObjectName::new("ns", name))
+    select(vec!["a", "b"]).prop_map(|name| ObjectName::new("ns", name))
 }
 
 fn protocol() -> impl Strategy<Value = Protocol> {
-    select(vec![Protocol::Tcp, Protocol::Udp])
+    select(vec![Protocol::Tcp, Protocol::Tcp, Protocol::Tcp, Protocol::Udp])
 }
 
 fn service() -> impl Strategy<Value = Service> {
-    let port = (select(vec!["", "http"]), protocol(), select(PORTS.to_vec()))
+    let port = (select(vec!["http", "http", "http", ""]), protocol(), select(PORTS.to_vec()))
         .prop_map(|(name, protocol, port)| ServicePort { name: name.into(), protocol, port, node_port: 0 });
-    let ports = prop::collection::vec(port, 0..3);
-    let ips = subsequence(CLUSTER_IPS.to_vec(), 0..3);
-    let kinds = select(vec![ServiceType::ClusterIp, ServiceType::LoadBalancer, ServiceType::ExternalName]);
+    let ports = prop::collection::vec(port, 1..3);
+    let ips = subsequence(CLUSTER_IPS.to_vec(), 0..4);
+    let kinds = select(vec![
+        ServiceType::ClusterIp,
+        ServiceType::LoadBalancer,
+        ServiceType::NodePort,
+        ServiceType::ExternalName,
+    ]);
     let policy = select(vec![TrafficPolicy::Cluster, TrafficPolicy::Cluster, TrafficPolicy::Local]);
     (service_name(), kinds, ips, ports, policy, prop::option::of(1u32..9), prop::bool::weighted(0.1)).prop_map(
         |(name, service_type, ips, ports, internal_traffic_policy, affinity_seconds, other_proxy)| Service {
@@ -67,11 +72,12 @@ fn slice_name() -> impl Strategy<Value = ObjectName> {
 }
 
 fn slice() -> impl Strategy<Value = EndpointSlice> {
-    let port = (select(vec!["", "http"]), protocol(), select(vec![Some(8080), Some(8081), None]))
-        .prop_map(|(name, protocol, port)| EndpointPort { name: name.into(), protocol, port });
+    let port =
+        (select(vec!["http", "http", "http", ""]), protocol(), select(vec![Some(8080), Some(8080), Some(8081), None]))
+            .prop_map(|(name, protocol, port)| EndpointPort { name: name.into(), protocol, port });
     let addresses = select(vec!["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "fd00::1", "fd00::2", "fd00::3"]);
-    let hints = |values: [&'static str; 2]| subsequence(values.to_vec(), 0..=2);
-    let conditions = (any::<bool>(), any::<bool>(), any::<bool>());
+    let hints = |values: [&'static str; 2]| prop_oneof![3 => Just(Vec::new()), 1 => subsequence(values.to_vec(), 1..=2), 1 => Just(values.to_vec())];
+    let conditions = (prop::bool::weighted(0.7), prop::bool::weighted(0.7), any::<bool>());
     let endpoint =
         (addresses, conditions, select(vec![None, Some("n1"), Some("n2")]), hints(["z1", "z2"]), hints(["n1", "n2"]))
             .prop_map(|(address, (ready, serving, terminating), node, zones, nodes)| SliceEndpoint {
@@ -84,8 +90,8 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
                 zone_hints: zones.into_iter().map(str::to_owned).collect(),
                 node_hints: nodes.into_iter().map(str::to_owned).collect(),
             });
-    let ports = prop::collection::vec(port, 0..3);
-    (slice_name(), service_name(), ports, prop::collection::vec(endpoint, 0..6))
+    let ports = prop::collection::vec(port, 1..3);
+    (slice_name(), service_name(), ports, prop::collection::vec(endpoint, 0..8))
         .prop_map(|(name, service, ports, endpoints)| EndpointSlice { name, service: service.name, ports, endpoints })
 }
 
