@@ -1,0 +1,7 @@
+//! Compiles the interface definitions with a compiler that is itself a crate, so that no `protoc` is needed.
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(["csi.proto", "pluginregistration.proto"], ["proto"])?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}

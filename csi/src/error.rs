@@ -1,0 +1,206 @@
+//! What can go wrong, and the one place that turns it into a gRPC status.
+
+use std::path::PathBuf;
+
+use tonic::{Code, Status};
+
+use crate::model::VolumeId;
+
+/// A result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a request was not carried out. [`Error::code`] says what the caller is told.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A required field of a request is empty.
+    #[error("{field} is required")]
+    Missing {
+        /// The field's name in the interface definition.
+        field: &'static str,
+    },
+    /// A field holds what it must not.
+    #[error("{field}: {value:?} is not {expected}")]
+    Invalid {
+        /// The field's name in the interface definition.
+        field: &'static str,
+        /// What came.
+        value: String,
+        /// What would have been right.
+        expected: String,
+    },
+    /// A StorageClass parameter that this driver does not know.
+    #[error("parameters: unknown key {key:?}; known keys are {known}")]
+    UnknownParameter {
+        /// The key as it came.
+        key: String,
+        /// The keys that there are.
+        known: String,
+    },
+    /// A size that cannot be served.
+    #[error("capacity_range: {wanted} bytes cannot be served: {why}")]
+    OutOfRange {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Which bound it misses.
+        why: String,
+    },
+    /// No volume has this id; also the answer to an id that this driver cannot have issued.
+    #[error("volume_id: no volume {id:?} here")]
+    NoSuchVolume {
+        /// The id as it came, cut to a printable length.
+        id: String,
+    },
+    /// A volume of this name exists and differs from what is asked for.
+    #[error("name: volume {name:?} exists with {has}, asked for was {asked}")]
+    Exists {
+        /// The volume's name.
+        name: String,
+        /// What it has.
+        has: String,
+        /// What was asked for.
+        asked: String,
+    },
+    /// Another operation on the volume is under way.
+    #[error("an operation on {what} is under way; try again")]
+    Busy {
+        /// The volume's id or name.
+        what: String,
+    },
+    /// A volume is mounted or attached where it must not be.
+    #[error("volume {id} is in use: {by}")]
+    InUse {
+        /// The volume.
+        id: VolumeId,
+        /// By what.
+        by: String,
+    },
+    /// The request fits the interface, but not the state that the volume or the target is in.
+    #[error("{what}: expected {expected}, found {found}")]
+    State {
+        /// What was looked at.
+        what: String,
+        /// What it had to be.
+        expected: String,
+        /// What it was.
+        found: String,
+    },
+    /// A target is already published, with other properties.
+    #[error("target_path: {target} is published with {has}, asked for was {asked}")]
+    PublishedOtherwise {
+        /// The target.
+        target: PathBuf,
+        /// How it is published.
+        has: String,
+        /// What was asked for.
+        asked: String,
+    },
+    /// The pool cannot hold the volume.
+    #[error("the pool has {available} bytes available, asked for were {wanted}")]
+    NoSpace {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Bytes that are neither used nor promised.
+        available: u64,
+    },
+    /// The volume is asked for elsewhere than on this node.
+    #[error("accessibility_requirements: no requisite topology is {key}={node}")]
+    WrongTopology {
+        /// The topology key of this driver.
+        key: String,
+        /// This node.
+        node: String,
+    },
+    /// A list token that this driver did not issue.
+    #[error("starting_token: {token:?} was not issued by this driver")]
+    BadToken {
+        /// The token.
+        token: String,
+    },
+    /// What is on disk is not what the volume's record says; nothing was touched.
+    #[error("volume {id} is damaged: {what}: expected {expected}, found {found}")]
+    Damaged {
+        /// The volume.
+        id: VolumeId,
+        /// What was compared.
+        what: &'static str,
+        /// What the record says.
+        expected: String,
+        /// What there is.
+        found: String,
+    },
+    /// Something a path needs is not there.
+    #[error("{what} {path}: not found")]
+    NotFound {
+        /// What was looked for.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+    },
+    /// mkfs did not succeed.
+    #[error("{program} failed on volume {id}: {output}")]
+    Mkfs {
+        /// The program.
+        program: &'static str,
+        /// The volume.
+        id: VolumeId,
+        /// The end of what it said.
+        output: String,
+    },
+    /// A file of ours cannot be understood.
+    #[error("{path}: {why}")]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The system refused.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried, with the path or device.
+        what: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// An error of the system, with what was tried.
+    pub fn io(what: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
+        Self::Io { what: what.into(), source: source.into() }
+    }
+
+    /// The code that the interface asks for.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Missing { .. } | Self::Invalid { .. } | Self::UnknownParameter { .. } => Code::InvalidArgument,
+            Self::OutOfRange { .. } => Code::OutOfRange,
+            Self::NoSuchVolume { .. } | Self::NotFound { .. } => Code::NotFound,
+            Self::Exists { .. } | Self::PublishedOtherwise { .. } => Code::AlreadyExists,
+            Self::Busy { .. } | Self::BadToken { .. } => Code::Aborted,
+            Self::InUse { .. } | Self::State { .. } => Code::FailedPrecondition,
+            Self::NoSpace { .. } | Self::WrongTopology { .. } => Code::ResourceExhausted,
+            Self::Damaged { .. } => Code::DataLoss,
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Code::ResourceExhausted,
+            Self::Mkfs { .. } | Self::Corrupt { .. } | Self::Io { .. } => Code::Internal,
+        }
+    }
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        Self::new(error.code(), error.to_string())
+    }
+}
+
+/// Adds to a system error what was tried.
+pub(crate) trait Context<T> {
+    /// `what` is only made when there is an error.
+    fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T>;
+}
+
+impl<T, E: Into<std::io::Error>> Context<T> for std::result::Result<T, E> {
+    fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
+        self.map_err(|error| Error::io(what(), error))
+    }
+}

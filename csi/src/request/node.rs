@@ -1,0 +1,202 @@
+//! Requests of the node service.
+
+use std::path::Path;
+
+use super::{Access, TargetPath, Usage, known_id, required};
+use crate::csi;
+use crate::error::{Error, Result};
+use crate::model::{Content, VolumeId};
+
+/// A volume to bring to this node's staging path.
+#[derive(Clone, Debug)]
+pub struct Stage {
+    /// The volume.
+    pub id: VolumeId,
+    /// Where to mount it; nothing is mounted there for a block volume.
+    pub staging: TargetPath,
+    /// How.
+    pub usage: Usage,
+}
+
+impl Stage {
+    /// Validates a request; targets must lie below `kubelet_dir`.
+    ///
+    /// # Errors
+    /// As the module says.
+    pub fn parse(request: csi::NodeStageVolumeRequest, kubelet_dir: &Path) -> Result<Self> {
+        let id = required("volume_id", request.volume_id)?;
+        let staging = TargetPath::parse("staging_target_path", &request.staging_target_path, kubelet_dir)?;
+        let usage = Usage::parse(request.volume_capability.as_ref())?;
+        Ok(Self { id: known_id(&id)?, staging, usage })
+    }
+
+    /// Whether nothing may be written through this staging.
+    pub fn read_only(&self) -> bool {
+        self.usage.access == Access::Reader || self.usage.options.read_only
+    }
+}
+
+/// A volume to take from its staging path.
+#[derive(Clone, Debug)]
+pub struct Unstage {
+    /// The volume.
+    pub id: VolumeId,
+    /// Where it was staged.
+    pub staging: TargetPath,
+}
+
+impl Unstage {
+    /// Validates a request; targets must lie below `kubelet_dir`.
+    ///
+    /// # Errors
+    /// As the module says.
+    pub fn parse(request: csi::NodeUnstageVolumeRequest, kubelet_dir: &Path) -> Result<Self> {
+        let id = required("volume_id", request.volume_id)?;
+        let staging = TargetPath::parse("staging_target_path", &request.staging_target_path, kubelet_dir)?;
+        Ok(Self { id: known_id(&id)?, staging })
+    }
+}
+
+/// A staged volume to bring to a pod.
+#[derive(Clone, Debug)]
+pub struct Publish {
+    /// The volume.
+    pub id: VolumeId,
+    /// Where it is staged.
+    pub staging: TargetPath,
+    /// Where the pod wants it.
+    pub target: TargetPath,
+    /// How.
+    pub usage: Usage,
+    /// Whether this target may not be written through.
+    pub read_only: bool,
+}
+
+impl Publish {
+    /// Validates a request; targets must lie below `kubelet_dir`.
+    ///
+    /// # Errors
+    /// As the module says.
+    pub fn parse(request: csi::NodePublishVolumeRequest, kubelet_dir: &Path) -> Result<Self> {
+        let id = required("volume_id", request.volume_id)?;
+        let target = TargetPath::parse("target_path", &request.target_path, kubelet_dir)?;
+        let usage = Usage::parse(request.volume_capability.as_ref())?;
+        let staging = TargetPath::parse("staging_target_path", &request.staging_target_path, kubelet_dir)?;
+        if staging == target {
+            return Err(Error::Invalid {
+                field: "target_path",
+                value: request.target_path,
+                expected: "another path than staging_target_path".into(),
+            });
+        }
+        let read_only = request.readonly || usage.access == Access::Reader || usage.options.read_only;
+        Ok(Self { id: known_id(&id)?, staging, target, usage, read_only })
+    }
+
+    /// Whether a block device is wanted.
+    pub fn block(&self) -> bool {
+        self.usage.content == Content::Raw
+    }
+}
+
+/// A volume to take from a pod.
+#[derive(Clone, Debug)]
+pub struct Unpublish {
+    /// The volume.
+    pub id: VolumeId,
+    /// Where the pod had it.
+    pub target: TargetPath,
+}
+
+impl Unpublish {
+    /// Validates a request; targets must lie below `kubelet_dir`.
+    ///
+    /// # Errors
+    /// As the module says.
+    pub fn parse(request: csi::NodeUnpublishVolumeRequest, kubelet_dir: &Path) -> Result<Self> {
+        let id = required("volume_id", request.volume_id)?;
+        let target = TargetPath::parse("target_path", &request.target_path, kubelet_dir)?;
+        Ok(Self { id: known_id(&id)?, target })
+    }
+}
+
+/// A question how full a volume is.
+#[derive(Clone, Debug)]
+pub struct Stats {
+    /// The volume.
+    pub id: VolumeId,
+    /// Where it is staged or published.
+    pub path: TargetPath,
+}
+
+impl Stats {
+    /// Validates a request; targets must lie below `kubelet_dir`.
+    ///
+    /// # Errors
+    /// As the module says; a path that cannot be a target of ours is [`Error::NotFound`].
+    pub fn parse(request: csi::NodeGetVolumeStatsRequest, kubelet_dir: &Path) -> Result<Self> {
+        let id = required("volume_id", request.volume_id)?;
+        let path = required("volume_path", request.volume_path)?;
+        let id = known_id(&id)?;
+        let path = TargetPath::parse("volume_path", &path, kubelet_dir)
+            .map_err(|_| Error::NotFound { what: "volume_path", path: super::string(&path).into() })?;
+        Ok(Self { id, path })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{capability, mount};
+    use super::*;
+    use csi::volume_capability::access_mode::Mode;
+    use tonic::Code;
+
+    const ROOT: &str = "/var/lib/kubelet";
+
+    fn publish() -> csi::NodePublishVolumeRequest {
+        csi::NodePublishVolumeRequest {
+            volume_id: VolumeId::new([1; 16]).to_string(),
+            staging_target_path: format!("{ROOT}/stage"),
+            target_path: format!("{ROOT}/target"),
+            volume_capability: Some(capability(mount("xfs"), Mode::SingleNodeReaderOnly)),
+            ..Default::default()
+        }
+    }
+
+    fn code(request: csi::NodePublishVolumeRequest) -> Code {
+        Publish::parse(request, Path::new(ROOT)).map_or_else(|error| error.code(), |_| Code::Ok)
+    }
+
+    #[test]
+    fn a_reader_only_volume_is_published_read_only() {
+        assert!(Publish::parse(publish(), Path::new(ROOT)).unwrap().read_only);
+    }
+
+    #[test]
+    fn what_is_missing_comes_before_what_is_unknown() {
+        let unknown = |request| csi::NodePublishVolumeRequest { volume_id: "fake-vol-id".into(), ..request };
+        assert_eq!(code(unknown(publish())), Code::NotFound);
+        assert_eq!(code(unknown(csi::NodePublishVolumeRequest { target_path: String::new(), ..publish() })), Code::InvalidArgument);
+        assert_eq!(code(unknown(csi::NodePublishVolumeRequest { volume_capability: None, ..publish() })), Code::InvalidArgument);
+        assert_eq!(code(csi::NodePublishVolumeRequest { volume_id: String::new(), ..publish() }), Code::InvalidArgument);
+        let same = csi::NodePublishVolumeRequest { target_path: format!("{ROOT}//stage"), ..publish() };
+        assert_eq!(code(same), Code::InvalidArgument);
+    }
+
+    #[test]
+    fn ids_that_try_to_be_paths_are_not_found() {
+        for id in ["../../etc/passwd", "..", "/", "kwl-../../../../../../../../../../../../-00000000"] {
+            assert_eq!(code(csi::NodePublishVolumeRequest { volume_id: id.into(), ..publish() }), Code::NotFound, "{id}");
+        }
+    }
+
+    #[test]
+    fn stats_of_an_odd_path_are_not_found() {
+        let request = csi::NodeGetVolumeStatsRequest {
+            volume_id: VolumeId::new([1; 16]).to_string(),
+            volume_path: "some/path".into(),
+            ..Default::default()
+        };
+        assert_eq!(Stats::parse(request, Path::new(ROOT)).unwrap_err().code(), Code::NotFound);
+    }
+}

@@ -1,0 +1,18 @@
+//! What the driver knows and must not forget, under `--state-dir`:
+//!
+//! ```text
+//! lock              held while a driver runs
+//! pool              the mark of the pool directory that belongs to this state
+//! journal           intents that were begun, and which of them ended
+//! volumes/<id>.json one record a volume
+//! ```
+
+mod durable;
+mod guard;
+mod journal;
+mod records;
+
+pub use durable::{lock_directory, write_durably};
+pub use guard::{Guard, Guards};
+pub use journal::{Intent, Journal, Open};
+pub use records::Records;

@@ -1,0 +1,31 @@
+//! What is asked of the kernel: loop devices, mounts, paths below the kubelet's directory, mkfs.
+
+pub mod loopdev;
+pub mod mkfs;
+pub mod mount;
+pub mod mountinfo;
+pub mod target;
+
+use std::fmt;
+
+/// A device number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Dev {
+    /// The driver's number.
+    pub major: u32,
+    /// The device's number.
+    pub minor: u32,
+}
+
+impl Dev {
+    /// From the form in which `stat` and the loop driver give it.
+    pub fn from_raw(raw: u64) -> Self {
+        Self { major: rustix::fs::major(raw), minor: rustix::fs::minor(raw) }
+    }
+}
+
+impl fmt::Display for Dev {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}

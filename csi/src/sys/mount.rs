@@ -1,0 +1,116 @@
+//! Mounts by file descriptor: made detached, checked, and only then moved to where they are to be seen.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+};
+
+use super::{Dev, loopdev::LoopDevice};
+use crate::error::{Context, Error, Result};
+use crate::model::{FsType, MountOptions};
+
+/// A mount that nobody sees yet; gone when dropped.
+#[derive(Debug)]
+pub struct Detached(OwnedFd);
+
+/// Mounts the filesystem on a loop device, `nosuid,nodev` unless the options say otherwise.
+///
+/// # Errors
+/// [`Error::Io`], with what the filesystem had to say.
+pub fn filesystem(device: &LoopDevice, fs: FsType, options: &MountOptions, read_only: bool) -> Result<Detached> {
+    let source = device.path();
+    let context = fsopen(fs.as_str(), FsOpenFlags::FSOPEN_CLOEXEC).context(|| format!("use {}", fs.as_str()))?;
+    let told = |error: rustix::io::Errno| {
+        let log = kernel_log(&context);
+        Error::io(format!("mount {} as {}{log}", source.display(), fs.as_str()), error)
+    };
+    fsconfig_set_string(&context, "source", &source).map_err(told)?;
+    if read_only {
+        fsconfig_set_flag(&context, "ro").map_err(told)?;
+    }
+    for (name, value) in &options.filesystem {
+        match value {
+            Some(value) => fsconfig_set_string(&context, *name, value.as_str()).map_err(told)?,
+            None => fsconfig_set_flag(&context, *name).map_err(told)?,
+        }
+    }
+    fsconfig_create(&context).map_err(told)?;
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes(options, read_only)).map_err(told)?;
+    // The path was only a name; what counts is that the device below is the one that we bound.
+    let found = Dev::from_raw(rustix::fs::fstat(&mount).map_err(told)?.st_dev);
+    if found != device.dev() {
+        return Err(Error::State {
+            what: format!("the filesystem mounted from {}", source.display()),
+            expected: format!("device {}", device.dev()),
+            found: format!("device {found}"),
+        });
+    }
+    Ok(Detached(mount))
+}
+
+fn attributes(options: &MountOptions, read_only: bool) -> MountAttrFlags {
+    let mut flags = MountAttrFlags::MOUNT_ATTR_NODEV;
+    flags.set(MountAttrFlags::MOUNT_ATTR_NOSUID, !options.suid);
+    flags.set(MountAttrFlags::MOUNT_ATTR_RDONLY, read_only);
+    flags.set(MountAttrFlags::MOUNT_ATTR_NOEXEC, options.noexec);
+    flags.set(MountAttrFlags::MOUNT_ATTR_NODIRATIME, options.nodiratime);
+    flags.set(MountAttrFlags::MOUNT_ATTR_NOATIME, options.noatime);
+    flags.set(MountAttrFlags::MOUNT_ATTR_STRICTATIME, options.strictatime);
+    flags
+}
+
+/// What the filesystem wrote about a failure, in front of which a colon is put.
+fn kernel_log(context: &OwnedFd) -> String {
+    let mut text = String::new();
+    let mut buffer = [0; 512];
+    while let Ok(length @ 1..) = rustix::io::read(context, &mut buffer) {
+        // Each message starts with its severity, as in "e ".
+        let message = String::from_utf8_lossy(&buffer[..length]);
+        text = format!("{text}: {}", message.trim().trim_start_matches(['e', 'w', 'i']).trim());
+    }
+    text
+}
+
+/// A second mount of what is mounted or stands at `source` (an `O_PATH` descriptor).
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn bind(source: impl AsFd, read_only: bool, what: &Path) -> Result<Detached> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let mount = open_tree(source, "", flags).context(|| format!("clone the mount of {}", what.display()))?;
+    if read_only {
+        set_read_only(&mount).context(|| format!("make a mount of {} read-only", what.display()))?;
+    }
+    Ok(Detached(mount))
+}
+
+fn set_read_only(mount: &OwnedFd) -> std::io::Result<()> {
+    let attr = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    // SAFETY: the path is an empty C string, `attr` and its size belong together, and both outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+impl Detached {
+    /// Makes the mount seen at `target` (an `O_PATH` descriptor).
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn attach(self, target: impl AsFd, what: &Path) -> Result<()> {
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        move_mount(&self.0, "", target, "", flags).context(|| format!("mount at {}", what.display()))
+    }
+}

@@ -1,0 +1,95 @@
+//! The mount table, as far as it is needed: which mounts there are of one device.
+
+use std::path::{Path, PathBuf};
+
+use super::Dev;
+use crate::error::{Context, Error, Result};
+
+/// A line of `/proc/self/mountinfo`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// The filesystem's device.
+    pub dev: Dev,
+    /// What of the filesystem is mounted.
+    pub root: PathBuf,
+    /// Where.
+    pub target: PathBuf,
+    /// The filesystem's type.
+    pub fs_type: String,
+}
+
+impl Mount {
+    /// Whether this is a bind mount of the node of a loop device; `root` as [`super::loopdev::LoopDevice::root`] says it.
+    pub fn is_node(&self, root: &str) -> bool {
+        matches!(self.fs_type.as_str(), "devtmpfs" | "tmpfs") && self.root == Path::new(root)
+    }
+}
+
+/// The mounts of this process's mount namespace.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Corrupt`].
+pub fn read() -> Result<Vec<Mount>> {
+    let path = "/proc/self/mountinfo";
+    let text = std::fs::read_to_string(path).context(|| format!("read {path}"))?;
+    let line = |line: &str| {
+        parse(line).ok_or_else(|| Error::Corrupt { path: path.into(), why: format!("not a mount: {line:?}") })
+    };
+    text.lines().map(line).collect()
+}
+
+fn parse(line: &str) -> Option<Mount> {
+    let (left, right) = line.split_once(" - ")?;
+    let mut left = left.split(' ').skip(2);
+    let (major, minor) = left.next()?.split_once(':')?;
+    let dev = Dev { major: major.parse().ok()?, minor: minor.parse().ok()? };
+    let (root, target) = (unescape(left.next()?), unescape(left.next()?));
+    Some(Mount { dev, root, target, fs_type: right.split(' ').next()?.to_owned() })
+}
+
+/// The kernel writes blanks, tabs, newlines and backslashes as three octal digits.
+fn unescape(text: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let octal = (first == b'\\').then(|| tail.get(..3)).flatten();
+        let octal = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match octal {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            None => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    std::ffi::OsString::from_vec(bytes).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_the_kernel() {
+        let line = r"36 35 7:3 / /var/lib/kubelet/a\040b\134c rw,nosuid shared:1 master:2 - ext4 /dev/loop3 rw";
+        let want = Mount {
+            dev: Dev { major: 7, minor: 3 },
+            root: "/".into(),
+            target: r"/var/lib/kubelet/a b\c".into(),
+            fs_type: "ext4".into(),
+        };
+        assert_eq!(parse(line), Some(want));
+        let node = parse("40 35 0:6 /loop3 /target rw - devtmpfs devtmpfs rw").unwrap();
+        assert!(node.is_node("/loop3") && !node.is_node("/loop33"));
+        assert_eq!(parse("36 35 7:3 /"), None);
+    }
+
+    #[test]
+    fn this_machines_table_is_understood() {
+        assert!(read().unwrap().iter().any(|mount| mount.target == Path::new("/")));
+    }
+}

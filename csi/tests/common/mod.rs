@@ -1,0 +1,255 @@
+//! A driver of one's own: started, killed and cleaned up after, whatever happens in between.
+#![allow(dead_code)]
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use keelway_csi::csi::controller_client::ControllerClient;
+use keelway_csi::csi::node_client::NodeClient;
+use keelway_csi::csi::{self, VolumeCapability, volume_capability};
+use keelway_csi::sys::loopdev::LoopDevice;
+use keelway_csi::sys::mountinfo;
+use tonic::transport::{Channel, Endpoint, Uri};
+use volume_capability::access_mode::Mode;
+use volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+
+pub const MIB: i64 = 1 << 20;
+
+/// A driver with directories of its own below a temporary one.
+pub struct Driver {
+    pub dir: tempfile::TempDir,
+    child: Option<Child>,
+}
+
+/// Tests that need root say so loudly instead of passing.
+pub fn need_root() {
+    assert!(rustix::process::geteuid().is_root(), "this test mounts filesystems: run it as root");
+}
+
+impl Driver {
+    pub fn new() -> Self {
+        need_root();
+        let dir = tempfile::Builder::new().prefix("keelway-csi-").tempdir().expect("a temporary directory");
+        for name in ["kubelet/staging", "kubelet/pods"] {
+            std::fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        Self { dir, child: None }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn kubelet(&self, name: &str) -> String {
+        self.path("kubelet").join(name).to_str().unwrap().to_owned()
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.path("csi.sock")
+    }
+
+    /// Starts the driver and waits until it listens.
+    pub fn start(&mut self) -> u32 {
+        assert!(self.child.is_none());
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_keelway-csi"))
+            .args(["--mode", "all", "--driver", "local", "--node-name", "node1"])
+            .arg("--endpoint")
+            .arg(format!("unix://{}", self.socket().display()))
+            .arg("--state-dir")
+            .arg(self.path("state"))
+            .arg("--pool-dir")
+            .arg(self.path("pool"))
+            .arg("--kubelet-dir")
+            .arg(self.path("kubelet"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("start keelway-csi");
+        let pid = child.id();
+        self.child = Some(child);
+        let start = Instant::now();
+        while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
+            let ended = self.child.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none(), "the driver ended: {ended:?}\n{}", self.log());
+            assert!(start.elapsed() < Duration::from_secs(20), "no socket after 20 s\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        pid
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// kill -9, as the out-of-memory killer does it.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Forgets a child that somebody else killed and waited for.
+    pub fn lost(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.wait();
+        }
+    }
+
+    /// SIGTERM; returns the exit code.
+    pub fn stop(&mut self) -> Option<i32> {
+        let mut child = self.child.take().expect("a driver to stop");
+        let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        child.wait().unwrap().code()
+    }
+
+    pub async fn channel(&self) -> Channel {
+        let socket = self.socket();
+        let dial = move |_: Uri| {
+            let socket = socket.clone();
+            async move { tokio::net::UnixStream::connect(socket).await.map(hyper_util::rt::TokioIo::new) }
+        };
+        Endpoint::from_static("http://localhost").connect_with_connector(tower::service_fn(dial)).await.unwrap()
+    }
+
+    pub async fn controller(&self) -> ControllerClient<Channel> {
+        ControllerClient::new(self.channel().await)
+    }
+
+    pub async fn node(&self) -> NodeClient<Channel> {
+        NodeClient::new(self.channel().await)
+    }
+
+    /// Mounts below our directory.
+    pub fn mounts(&self) -> Vec<PathBuf> {
+        let root = self.dir.path().canonicalize().unwrap();
+        let mounts = mountinfo::read().unwrap().into_iter().map(|mount| mount.target);
+        mounts.filter(|target| target.starts_with(&root)).collect()
+    }
+
+    /// Loop devices on our images.
+    pub fn loops(&self) -> Vec<LoopDevice> {
+        self.images().iter().filter_map(|image| loop_of(image)).collect()
+    }
+
+    pub fn images(&self) -> Vec<PathBuf> {
+        list(&self.path("pool")).into_iter().filter(|path| path.extension().is_some_and(|e| e == "img")).collect()
+    }
+
+    pub fn records(&self) -> Vec<PathBuf> {
+        list(&self.path("state/volumes"))
+    }
+
+    /// Nothing of any volume is left on this machine.
+    pub fn assert_clean(&self) {
+        assert_eq!(self.mounts(), Vec::<PathBuf>::new(), "mounts are left\n{}", self.log());
+        assert!(self.loops().is_empty(), "loop devices are left\n{}", self.log());
+        assert_eq!(list(&self.path("pool")), [self.path("pool/.keelway-pool")], "images are left\n{}", self.log());
+        assert_eq!(self.records(), Vec::<PathBuf>::new(), "records are left\n{}", self.log());
+        assert_eq!(list(&self.path("kubelet/pods")), Vec::<PathBuf>::new(), "targets are left\n{}", self.log());
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.kill();
+        for _ in 0..100 {
+            let mounts = self.mounts();
+            let Some(last) = mounts.last() else { break };
+            let _ = rustix::mount::unmount(last, rustix::mount::UnmountFlags::DETACH);
+        }
+        for device in self.loops() {
+            let _ = device.unbind(Duration::from_secs(2));
+        }
+        if std::thread::panicking() {
+            eprintln!("--- the driver's log\n{}", self.log());
+        }
+    }
+}
+
+pub fn list(directory: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+pub fn loop_of(image: &Path) -> Option<LoopDevice> {
+    let meta = std::fs::metadata(image).ok()?;
+    LoopDevice::find(meta.dev(), meta.ino()).unwrap()
+}
+
+pub fn mount(fs: &str) -> VolumeCapability {
+    capability(AccessType::Mount(MountVolume { fs_type: fs.into(), ..Default::default() }))
+}
+
+pub fn block() -> VolumeCapability {
+    capability(AccessType::Block(BlockVolume {}))
+}
+
+fn capability(access_type: AccessType) -> VolumeCapability {
+    let access_mode = Some(AccessMode { mode: Mode::SingleNodeWriter as i32 });
+    VolumeCapability { access_type: Some(access_type), access_mode }
+}
+
+pub fn create(name: &str, size: i64, capability: &VolumeCapability, parameters: &[(&str, &str)]) -> csi::CreateVolumeRequest {
+    csi::CreateVolumeRequest {
+        name: name.into(),
+        capacity_range: Some(csi::CapacityRange { required_bytes: size, limit_bytes: 0 }),
+        volume_capabilities: vec![capability.clone()],
+        parameters: parameters.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect(),
+        ..Default::default()
+    }
+}
+
+/// One volume's requests, at fixed paths.
+#[derive(Clone)]
+pub struct Calls {
+    pub id: String,
+    pub staging: String,
+    pub target: String,
+    pub capability: VolumeCapability,
+}
+
+impl Calls {
+    pub fn new(driver: &Driver, id: &str, capability: VolumeCapability) -> Self {
+        let (staging, target) = (driver.kubelet("staging"), driver.kubelet("pods/target"));
+        Self { id: id.into(), staging, target, capability }
+    }
+
+    pub fn stage(&self) -> csi::NodeStageVolumeRequest {
+        csi::NodeStageVolumeRequest {
+            volume_id: self.id.clone(),
+            staging_target_path: self.staging.clone(),
+            volume_capability: Some(self.capability.clone()),
+            ..Default::default()
+        }
+    }
+
+    pub fn publish(&self) -> csi::NodePublishVolumeRequest {
+        csi::NodePublishVolumeRequest {
+            volume_id: self.id.clone(),
+            staging_target_path: self.staging.clone(),
+            target_path: self.target.clone(),
+            volume_capability: Some(self.capability.clone()),
+            ..Default::default()
+        }
+    }
+
+    pub fn unpublish(&self) -> csi::NodeUnpublishVolumeRequest {
+        csi::NodeUnpublishVolumeRequest { volume_id: self.id.clone(), target_path: self.target.clone() }
+    }
+
+    pub fn unstage(&self) -> csi::NodeUnstageVolumeRequest {
+        csi::NodeUnstageVolumeRequest { volume_id: self.id.clone(), staging_target_path: self.staging.clone() }
+    }
+
+    pub fn delete(&self) -> csi::DeleteVolumeRequest {
+        csi::DeleteVolumeRequest { volume_id: self.id.clone(), secrets: Default::default() }
+    }
+}

@@ -1,0 +1,77 @@
+//! csi-sanity, upstream's suite, against a running driver: nothing is left out by a flag.
+//!
+//! `cargo test -p keelway-csi --test sanity -- --ignored --nocapture`, as root.
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use common::Driver;
+
+/// Where the program may be: the project's cache of cluster programs, or what an environment variable says.
+fn csi_sanity() -> Option<PathBuf> {
+    let home = std::env::var_os("HOME").map(PathBuf::from);
+    let directories = [
+        std::env::var_os("KEELWAY_CLUSTER_BIN").map(PathBuf::from),
+        home.as_ref().map(|home| home.join(".cache/keelway/bin")),
+        home.as_ref().map(|home| home.join(".cache/kubernetes-cluster/bin")),
+    ];
+    directories.into_iter().flatten().map(|directory| directory.join("csi-sanity")).find(|path| path.exists())
+}
+
+fn run(name: &str, access: &str, mebibytes: u64, parameters: &str) {
+    common::need_root();
+    let Some(program) = csi_sanity() else {
+        eprintln!("skipped: csi-sanity is in none of $KEELWAY_CLUSTER_BIN, ~/.cache/keelway/bin and ~/.cache/kubernetes-cluster/bin");
+        return;
+    };
+    let mut driver = Driver::new();
+    driver.start();
+    let (parameter_file, report) = (driver.path("parameters.yaml"), driver.path("report.xml"));
+    std::fs::write(&parameter_file, parameters).unwrap();
+    let output = Command::new(program)
+        .arg(format!("--csi.endpoint=unix://{}", driver.socket().display()))
+        .arg(format!("--csi.mountdir={}", driver.kubelet("pods/sanity")))
+        .arg(format!("--csi.stagingdir={}", driver.kubelet("staging/sanity")))
+        .arg(format!("--csi.testvolumesize={}", mebibytes << 20))
+        .arg(format!("--csi.testvolumeaccesstype={access}"))
+        .arg(format!("--csi.testvolumeparameters={}", parameter_file.display()))
+        .arg(format!("--ginkgo.junit-report={}", report.display()))
+        .arg("--ginkgo.no-color")
+        .output()
+        .expect("run csi-sanity");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let xml = std::fs::read_to_string(&report).unwrap_or_default();
+    let (passed, failed) = (xml.matches("status=\"passed\"").count(), xml.matches("status=\"failed\"").count());
+    let skipped = skips(&xml);
+    eprintln!("csi-sanity {name}: {passed} passed, {failed} failed, {} not advertised", skipped.len());
+    skipped.iter().for_each(|line| eprintln!("  {line}"));
+    assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    // As of csi-test 5.6 there are this many specs for what we advertise; fewer means that something was not offered.
+    assert!(passed >= 36 && failed == 0, "{passed} passed, {failed} failed\n{said}");
+    assert_eq!(driver.stop(), Some(0));
+    driver.assert_clean();
+}
+
+/// Name and reason of what the suite left out by itself.
+fn skips(xml: &str) -> Vec<String> {
+    let mut lines = Vec::new();
+    for case in xml.split("<testcase ").skip(1).filter(|case| case.contains("status=\"skipped\"")) {
+        let between = |from: &str| case.split_once(from).and_then(|(_, rest)| rest.split_once('"')).map_or("?", |(text, _)| text);
+        lines.push(format!("{}: {}", between("name=\""), between("<skipped message=\"")));
+    }
+    lines
+}
+
+#[test]
+#[ignore = "needs root, loop devices and csi-sanity"]
+fn mount_ext4() {
+    run("mount ext4", "mount", 64, "bytesPerInode: \"8192\"\n");
+}
+
+#[test]
+#[ignore = "needs root, loop devices and csi-sanity"]
+fn block() {
+    run("block", "block", 64, "allocation: sparse\n");
+}
