@@ -15,9 +15,11 @@
 
 #[cfg(feature = "apply")]
 pub mod apply;
+pub mod command;
 pub mod install;
 pub mod ipam;
 pub mod lease;
+pub mod pending;
 pub mod plan;
 pub mod spec;
 
