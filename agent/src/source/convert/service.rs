@@ -1,0 +1,189 @@
+//! Services and EndpointSlices.
+
+use std::time::SystemTime;
+
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
+use k8s_openapi::jiff::Timestamp;
+use keelway_proxy::model;
+
+use super::{ConvertError, Protocol, address, label, name, namespace_of, port, protocol, wrong};
+
+const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+/// Kubernetes' default `sessionAffinityConfig.clientIP.timeoutSeconds`: three hours.
+const AFFINITY_SECONDS: i32 = 10_800;
+
+/// A Service.
+///
+/// # Errors
+/// The first field that cannot be used.
+pub fn service(service: &v1::Service) -> Result<model::Service, ConvertError> {
+    let empty = v1::ServiceSpec::default();
+    let spec = service.spec.as_ref().unwrap_or(&empty);
+    let listed = spec.cluster_ips.clone().unwrap_or_default();
+    let only = spec.cluster_ip.clone().into_iter();
+    let cluster_ips: Vec<String> = if listed.is_empty() { only.collect() } else { listed };
+    let external_ips = spec.external_ips.as_deref().unwrap_or_default();
+    Ok(model::Service {
+        name: model::ObjectName::new(namespace_of(&service.metadata), name(&service.metadata)?),
+        service_type: match spec.type_.as_deref() {
+            None | Some("ClusterIP") => model::ServiceType::ClusterIp,
+            Some("NodePort") => model::ServiceType::NodePort,
+            Some("LoadBalancer") => model::ServiceType::LoadBalancer,
+            Some("ExternalName") => model::ServiceType::ExternalName,
+            Some(other) => {
+                return Err(wrong("spec.type", other, "ClusterIP, NodePort, LoadBalancer or ExternalName"));
+            }
+        },
+        cluster_ips: cluster_ips
+            .iter()
+            .filter(|text| !text.is_empty() && *text != "None")
+            .map(|text| address("spec.clusterIPs[]", text))
+            .collect::<Result<_, _>>()?,
+        external_ips: external_ips.iter().map(|text| address("spec.externalIPs[]", text)).collect::<Result<_, _>>()?,
+        load_balancer_ips: load_balancer_ips(service)?,
+        ports: spec.ports.iter().flatten().map(service_port).collect::<Result<_, _>>()?,
+        affinity_seconds: affinity(spec)?,
+        internal_traffic_policy: traffic_policy("spec.internalTrafficPolicy", &spec.internal_traffic_policy)?,
+        external_traffic_policy: traffic_policy("spec.externalTrafficPolicy", &spec.external_traffic_policy)?,
+        other_proxy: label(&service.metadata, PROXY_NAME_LABEL).is_some(),
+        headless_label: label(&service.metadata, HEADLESS_LABEL).is_some(),
+    })
+}
+
+/// Addresses of the status whose mode is VIP, which is the default: `Proxy` ones terminate elsewhere.
+fn load_balancer_ips(service: &v1::Service) -> Result<Vec<std::net::IpAddr>, ConvertError> {
+    let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+    let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref()).unwrap_or_default();
+    ingress
+        .iter()
+        .filter(|entry| entry.ip_mode.as_deref().unwrap_or("VIP") == "VIP")
+        .filter_map(|entry| entry.ip.as_deref().filter(|ip| !ip.is_empty()))
+        .map(|ip| address("status.loadBalancer.ingress[].ip", ip))
+        .collect()
+}
+
+fn service_port(entry: &v1::ServicePort) -> Result<model::ServicePort, ConvertError> {
+    Ok(model::ServicePort {
+        name: entry.name.clone().unwrap_or_default(),
+        protocol: model_protocol("spec.ports[].protocol", entry.protocol.as_deref())?,
+        port: port("spec.ports[].port", entry.port)?,
+        node_port: match entry.node_port {
+            None | Some(0) => 0,
+            Some(number) => port("spec.ports[].nodePort", number)?,
+        },
+    })
+}
+
+fn affinity(spec: &v1::ServiceSpec) -> Result<Option<u32>, ConvertError> {
+    match spec.session_affinity.as_deref() {
+        None | Some("None" | "") => Ok(None),
+        Some("ClientIP") => {
+            let client_ip = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+            let seconds = client_ip.and_then(|client_ip| client_ip.timeout_seconds).unwrap_or(AFFINITY_SECONDS);
+            match u32::try_from(seconds) {
+                Ok(seconds) if (1..=86_400).contains(&seconds) => Ok(Some(seconds)),
+                _ => Err(wrong(
+                    "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                    seconds,
+                    "a number from 1 to 86400",
+                )),
+            }
+        }
+        Some(other) => Err(wrong("spec.sessionAffinity", other, "None or ClientIP")),
+    }
+}
+
+fn traffic_policy(field: &str, text: &Option<String>) -> Result<model::TrafficPolicy, ConvertError> {
+    match text.as_deref() {
+        None | Some("Cluster" | "") => Ok(model::TrafficPolicy::Cluster),
+        Some("Local") => Ok(model::TrafficPolicy::Local),
+        Some(other) => Err(wrong(field, other, "Cluster or Local")),
+    }
+}
+
+fn model_protocol(field: &str, text: Option<&str>) -> Result<model::Protocol, ConvertError> {
+    Ok(match protocol(field, text)? {
+        Protocol::Tcp => model::Protocol::Tcp,
+        Protocol::Udp => model::Protocol::Udp,
+        Protocol::Sctp => model::Protocol::Sctp,
+    })
+}
+
+/// An EndpointSlice, with the time of the change that it reports. `None`: a slice that no proxy of the standard kind reads
+/// (of a headless Service, for another proxy, of no Service, of names instead of addresses).
+///
+/// # Errors
+/// The first field that cannot be used.
+pub fn endpoint_slice(
+    slice: &discovery::EndpointSlice,
+) -> Result<Option<(model::EndpointSlice, Option<SystemTime>)>, ConvertError> {
+    let metadata = &slice.metadata;
+    let name = model::ObjectName::new(namespace_of(metadata), name(metadata)?);
+    let is_ipv6 = match slice.address_type.as_str() {
+        "IPv4" => false,
+        "IPv6" => true,
+        "FQDN" => return Ok(None),
+        other => return Err(wrong("addressType", other, "IPv4 or IPv6")),
+    };
+    let skipped = label(metadata, PROXY_NAME_LABEL).or(label(metadata, HEADLESS_LABEL)).is_some();
+    let service = match label(metadata, SERVICE_LABEL) {
+        Some(service) if !skipped && !service.is_empty() => service.to_owned(),
+        _ => return Ok(None),
+    };
+    let ports = slice.ports.iter().flatten().map(|entry| {
+        Ok(model::EndpointPort {
+            name: entry.name.clone().unwrap_or_default(),
+            protocol: model_protocol("ports[].protocol", entry.protocol.as_deref())?,
+            port: entry.port.map(|number| port("ports[].port", number)).transpose()?,
+        })
+    });
+    let endpoints = slice.endpoints.iter().flatten().map(|endpoint| slice_endpoint(endpoint, is_ipv6));
+    let slice = model::EndpointSlice {
+        name,
+        service,
+        ports: ports.collect::<Result<_, _>>()?,
+        endpoints: endpoints.collect::<Result<_, _>>()?,
+    };
+    Ok(Some((slice, triggered(metadata))))
+}
+
+fn slice_endpoint(endpoint: &discovery::Endpoint, is_ipv6: bool) -> Result<model::SliceEndpoint, ConvertError> {
+    let conditions = endpoint.conditions.as_ref();
+    let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
+    let hints = endpoint.hints.as_ref();
+    let one = |text: &String| match address("endpoints[].addresses[]", text) {
+        Ok(address) if address.is_ipv6() != is_ipv6 => {
+            Err(wrong("endpoints[].addresses[]", text, "an address of the slice's addressType"))
+        }
+        parsed => parsed,
+    };
+    Ok(model::SliceEndpoint {
+        addresses: endpoint.addresses.iter().map(one).collect::<Result<_, _>>()?,
+        ready,
+        serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
+        terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
+        node_name: endpoint.node_name.clone(),
+        zone: endpoint.zone.clone(),
+        zone_hints: hints
+            .and_then(|hints| hints.for_zones.as_ref())
+            .into_iter()
+            .flatten()
+            .map(|zone| zone.name.clone())
+            .collect(),
+        node_hints: hints
+            .and_then(|hints| hints.for_nodes.as_ref())
+            .into_iter()
+            .flatten()
+            .map(|node| node.name.clone())
+            .collect(),
+    })
+}
+
+/// The annotation is a hint for a metric: nonsense in it is no error.
+fn triggered(metadata: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -> Option<SystemTime> {
+    let text = metadata.annotations.as_ref()?.get(TRIGGER_ANNOTATION)?;
+    text.parse::<Timestamp>().ok().map(SystemTime::from)
+}

@@ -1,0 +1,236 @@
+//! The watch of one kind.
+
+use std::collections::HashSet;
+use std::fmt::Debug;
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, Instant};
+
+use ::kube::runtime::watcher::{self, Event as Seen, InitialListStrategy};
+use ::kube::{Api, Resource};
+use futures::StreamExt;
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+
+use crate::source::convert::ConvertError;
+use crate::source::{Event, Kind, Object, ObjectRef, Status};
+
+/// Pauses between tries: the first, and the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+
+/// Where watches deliver.
+#[derive(Clone)]
+pub(super) struct Watch {
+    pub(super) events: mpsc::Sender<Event>,
+    pub(super) status: Status,
+}
+
+/// The receiver is gone.
+struct Closed;
+
+/// What is known of one kind.
+struct State<Convert, Fallback> {
+    watch: Watch,
+    kind: Kind,
+    convert: Convert,
+    /// What to deliver for an object that cannot be converted; `None`: leave what was known.
+    fallback: Fallback,
+    /// Delivered and not deleted.
+    known: HashSet<ObjectRef>,
+    /// Those of the list that is being read, while one is.
+    listed: Option<HashSet<ObjectRef>>,
+    /// Objects that the status names as a problem.
+    broken: HashSet<ObjectRef>,
+}
+
+impl Watch {
+    /// Watches `kind` until the receiver is dropped.
+    pub(super) async fn run<K>(
+        self,
+        kind: Kind,
+        api: Api<K>,
+        selector: &str,
+        convert: impl FnMut(&K) -> Result<Option<Object>, ConvertError>,
+        fallback: impl Fn(&K) -> Option<Object>,
+    ) where
+        K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+    {
+        let status = self.status.clone();
+        let mut config = watcher::Config {
+            label_selector: (!selector.is_empty()).then(|| selector.to_owned()),
+            initial_list_strategy: InitialListStrategy::StreamingList,
+            ..watcher::Config::default()
+        };
+        let mut state = State {
+            watch: self.clone(),
+            kind,
+            convert,
+            fallback,
+            known: HashSet::new(),
+            listed: None,
+            broken: HashSet::new(),
+        };
+        let mut pause = FIRST_PAUSE;
+        let mut last_error = Instant::now();
+        loop {
+            let mut stream = std::pin::pin!(watcher::watcher(api.clone(), config.clone()));
+            loop {
+                let seen = tokio::select! {
+                    seen = stream.next() => seen,
+                    () = self.events.closed() => return,
+                };
+                let error = match seen {
+                    Some(Ok(event)) => {
+                        if state.take(event).await.is_err() {
+                            return;
+                        }
+                        continue;
+                    }
+                    Some(Err(error)) => error,
+                    None => break,
+                };
+                if config.initial_list_strategy == InitialListStrategy::StreamingList && lacks_streaming(&error) {
+                    tracing::info!(%kind, "the API server has no streaming lists; reading pages");
+                    config.initial_list_strategy = InitialListStrategy::ListWatch;
+                    break;
+                }
+                if status.problem(kind.as_str(), words(&error)) {
+                    tracing::warn!(%kind, error = %words(&error), "watch failed; what is known stays in force");
+                }
+                if last_error.elapsed() > LONGEST_PAUSE * 2 {
+                    pause = FIRST_PAUSE;
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(spread(pause)) => {}
+                    () = self.events.closed() => return,
+                }
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                last_error = Instant::now();
+            }
+        }
+    }
+
+    async fn send(&self, event: Event) -> Result<(), Closed> {
+        self.events.send(event).await.map_err(|_| Closed)
+    }
+}
+
+impl<Convert, Fallback> State<Convert, Fallback> {
+    async fn take<K>(&mut self, event: Seen<K>) -> Result<(), Closed>
+    where
+        K: Resource,
+        Convert: FnMut(&K) -> Result<Option<Object>, ConvertError>,
+        Fallback: Fn(&K) -> Option<Object>,
+    {
+        match event {
+            Seen::Init => self.listed = Some(HashSet::new()),
+            Seen::InitApply(object) | Seen::Apply(object) => self.apply(&object).await?,
+            Seen::Delete(object) => {
+                let reference = self.reference(&object);
+                self.forget(reference).await?;
+            }
+            Seen::InitDone => {
+                let listed = self.listed.take().unwrap_or_default();
+                let vanished: Vec<ObjectRef> = self.known.difference(&listed).cloned().collect();
+                for reference in vanished {
+                    self.forget(reference).await?;
+                }
+                if self.watch.status.set_synced(self.kind) {
+                    self.watch.send(Event::Synced(self.kind)).await?;
+                }
+            }
+        }
+        self.watch.status.set_objects(self.kind, self.known.len());
+        Ok(())
+    }
+
+    async fn apply<K>(&mut self, object: &K) -> Result<(), Closed>
+    where
+        K: Resource,
+        Convert: FnMut(&K) -> Result<Option<Object>, ConvertError>,
+        Fallback: Fn(&K) -> Option<Object>,
+    {
+        let reference = self.reference(object);
+        let converted = match (self.convert)(object) {
+            Ok(converted) => {
+                if self.broken.remove(&reference) {
+                    self.watch.status.clear(&reference.to_string());
+                }
+                converted
+            }
+            Err(error) => {
+                let about = reference.to_string();
+                if self.watch.status.problem(&about, error.to_string()) {
+                    tracing::warn!(object = %about, %error, "cannot be understood");
+                }
+                self.broken.insert(reference.clone());
+                let fallback = (self.fallback)(object);
+                if fallback.is_none() {
+                    // Listed all the same: it is there, and what was known of it stays.
+                    if self.known.contains(&reference) {
+                        self.listed.as_mut().map(|listed| listed.insert(reference));
+                    }
+                    return Ok(());
+                }
+                fallback
+            }
+        };
+        match converted {
+            Some(object) => {
+                if let Some(listed) = &mut self.listed {
+                    listed.insert(reference.clone());
+                }
+                self.known.insert(reference);
+                self.watch.send(Event::Upsert(object)).await
+            }
+            None => self.forget(reference).await,
+        }
+    }
+
+    async fn forget(&mut self, reference: ObjectRef) -> Result<(), Closed> {
+        if self.broken.remove(&reference) {
+            self.watch.status.clear(&reference.to_string());
+        }
+        match self.known.remove(&reference) {
+            true => self.watch.send(Event::Delete(reference)).await,
+            false => Ok(()),
+        }
+    }
+
+    fn reference<K: Resource>(&self, object: &K) -> ObjectRef {
+        let metadata = object.meta();
+        ObjectRef {
+            kind: self.kind,
+            namespace: metadata.namespace.clone().unwrap_or_default(),
+            name: metadata.name.clone().unwrap_or_default(),
+        }
+    }
+}
+
+/// Whether the server refuses `sendInitialEvents`.
+fn lacks_streaming(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::WatchStartFailed(::kube::Error::Api(status)) => matches!(status.code, 400 | 422),
+        _ => false,
+    }
+}
+
+/// The error with its causes, each once.
+fn words(error: &watcher::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// From three quarters of the pause to the whole, so that nodes do not ask in step.
+fn spread(pause: Duration) -> Duration {
+    let random = RandomState::new().hash_one(0u8) % 256;
+    pause * 3 / 4 + pause / 4 * random as u32 / 256
+}
