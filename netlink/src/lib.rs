@@ -16,6 +16,7 @@ pub mod neigh;
 pub mod netns;
 pub mod route;
 pub mod sysctl;
+mod unreachable;
 pub mod vxlan;
 
 pub use addr::{Address, AddressOptions};

@@ -41,6 +41,8 @@ impl FrontendKey {
 pub mod frontend_flags {
     /// No port of this address but the listed ones is served: refuse.
     pub const REFUSE: u32 = 1;
+    /// Without backends, drop instead of refusing: others have some.
+    pub const DROP_WHEN_EMPTY: u32 = 2;
 }
 
 /// What is behind a [`FrontendKey`].

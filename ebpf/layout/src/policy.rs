@@ -52,13 +52,33 @@ impl RuleKey {
     pub const fn exact(subject: u32, peer: u32, direction: Direction, proto: u8, port: Port) -> Self {
         Self { prefix_len: 96, subject, peer, direction: direction as u8, proto, port }
     }
-    /// Every protocol and port.
-    pub const fn any(subject: u32, peer: u32, direction: Direction) -> Self {
-        Self { prefix_len: Self::FIXED_BITS, subject, peer, direction: direction as u8, proto: 0, port: Port::NONE }
+    /// A rule for the packets whose protocol (8 bits) and destination port (16 bits) begin as these do, for `bits` of the 24.
+    pub const fn new(subject: u32, peer: u32, direction: Direction, proto: u8, port: Port, bits: u32) -> Self {
+        Self { prefix_len: Self::FIXED_BITS + bits, subject, peer, direction: direction as u8, proto, port }
     }
-    /// Ports of one protocol whose first `port_bits` bits are those of `port`; 0 bits for all ports.
-    pub const fn ports(subject: u32, peer: u32, direction: Direction, proto: u8, port: Port, port_bits: u32) -> Self {
-        Self { prefix_len: Self::FIXED_BITS + 8 + port_bits, subject, peer, direction: direction as u8, proto, port }
+    /// Whose rule it is.
+    pub const fn subject(&self) -> u32 {
+        self.subject
+    }
+    /// Whom it lets in or out to.
+    pub const fn peer(&self) -> u32 {
+        self.peer
+    }
+    /// [`Direction`], as stored.
+    pub const fn direction(&self) -> u8 {
+        self.direction
+    }
+    /// The IANA protocol number; 0 where no bit of it counts.
+    pub const fn proto(&self) -> u8 {
+        self.proto
+    }
+    /// The port, bits past the prefix zero.
+    pub const fn port(&self) -> Port {
+        self.port
+    }
+    /// How many of the 24 bits count; `None` when the prefix is shorter than any of ours.
+    pub const fn port_bits(&self) -> Option<u32> {
+        self.prefix_len.checked_sub(Self::FIXED_BITS)
     }
 }
 
@@ -81,5 +101,21 @@ impl CidrKey {
     #[inline(always)]
     pub const fn new(subject: u32, direction: Direction, addr: Addr, addr_bits: u32) -> Self {
         Self { prefix_len: Self::FIXED_BITS + addr_bits, subject, direction: direction as u32, addr }
+    }
+    /// Whose rules they are.
+    pub const fn subject(&self) -> u32 {
+        self.subject
+    }
+    /// [`Direction`], as stored.
+    pub const fn direction(&self) -> u32 {
+        self.direction
+    }
+    /// The prefix's address.
+    pub const fn addr(&self) -> Addr {
+        self.addr
+    }
+    /// Bits of the 128 that count; `None` when the prefix is shorter than any of ours.
+    pub const fn addr_bits(&self) -> Option<u32> {
+        self.prefix_len.checked_sub(Self::FIXED_BITS)
     }
 }

@@ -18,6 +18,8 @@ pub enum Dial {
     Other,
     /// A Service's, and nobody is behind it.
     Refused,
+    /// A Service's, and nobody here may be behind it: as if it were not there.
+    Dropped,
     /// A Service's.
     Service(&'static Frontend),
 }
@@ -38,7 +40,11 @@ pub fn dial(addr: Addr, port: Port, proto: u8) -> Dial {
     }
     // SAFETY: a frontend that is replaced meanwhile is read as the old or the new one, word by word.
     if let Some(frontend) = unsafe { FRONTENDS.get(FrontendKey::new(addr, port, proto)) } {
-        return if frontend.count == 0 { Dial::Refused } else { Dial::Service(frontend) };
+        return match frontend.count {
+            0 if frontend.flags & frontend_flags::DROP_WHEN_EMPTY != 0 => Dial::Dropped,
+            0 => Dial::Refused,
+            _ => Dial::Service(frontend),
+        };
     }
     // SAFETY: as above.
     match unsafe { FRONTENDS.get(FrontendKey::new(addr, Port::NONE, 0)) } {

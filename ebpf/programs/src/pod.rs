@@ -59,6 +59,7 @@ fn open(
     let mut dialled = (Addr::UNSPECIFIED, Port::NONE);
     match lb::dial(packet.tuple.dst, packet.tuple.dport, packet.tuple.proto) {
         Dial::Other => {}
+        Dial::Dropped => return Err(Reason::NoBackend),
         Dial::Refused => {
             count(account.hook, Reason::NoBackend, skb.len());
             return refuse::port_unreachable(skb, packet, sender).map(Some);
@@ -107,6 +108,13 @@ fn forward(skb: Skb, packet: &mut Packet, node: &NodeConfig, now: u64, account: 
     if node.flags & node_flags::VXLAN != 0 && lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.dst)).is_some() {
         // The tunnel device's own hook says which node: the host's packets need it too.
         return Ok(skb.redirect(node.vxlan_ifindex));
+    }
+    if node.flags & node_flags::VXLAN != 0 {
+        // All other nodes' pods are behind the tunnel: what is left of the pod addresses is nobody's.
+        let who = identity_of(&packet.tuple.dst);
+        if who == identity::UNKNOWN_POD || who >= identity::FIRST_POD {
+            return Err(Reason::NoEndpoint);
+        }
     }
     Ok(TC_ACT_OK as i32)
 }

@@ -120,7 +120,8 @@ pub fn connect(sock: SockAddr, hook: Hook) -> i32 {
     }
     let dialled = FrontendKey::new(sock.addr(), sock.port(), sock.proto());
     match lb::dial(dialled.addr(), dialled.port(), dialled.proto()) {
-        Dial::Other => ALLOW,
+        // What is to be dropped is left to the packet's own hook.
+        Dial::Other | Dial::Dropped => ALLOW,
         Dial::Refused => refuse(hook),
         Dial::Service(frontend) => match lb::choose(frontend) {
             Some(choice) => translate(sock, hook, dialled, &choice),
@@ -134,7 +135,7 @@ pub fn connect(sock: SockAddr, hook: Hook) -> i32 {
 pub fn sendmsg(sock: SockAddr, hook: Hook) -> i32 {
     let dialled = FrontendKey::new(sock.addr(), sock.port(), UDP);
     match lb::dial(dialled.addr(), dialled.port(), UDP) {
-        Dial::Other => ALLOW,
+        Dial::Other | Dial::Dropped => ALLOW,
         Dial::Refused => refuse(hook),
         Dial::Service(frontend) => match kept_or_chosen(sock, dialled, frontend) {
             Some(choice) => translate(sock, hook, dialled, &choice),

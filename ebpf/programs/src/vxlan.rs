@@ -1,7 +1,7 @@
 //! The two hooks on the tunnel's device.
 
 use aya_ebpf::bindings::TC_ACT_OK;
-use keelway_layout::{PrefixKey, Reason};
+use keelway_layout::{PrefixKey, Reason, identity};
 
 use crate::count::Account;
 use crate::deliver;
@@ -9,6 +9,7 @@ use crate::kernel::{Skb, lpm_get, now};
 use crate::maps::{NODE, TUNNELS};
 use crate::parse::Packet;
 use crate::pod::endpoint;
+use crate::policy::identity_of;
 
 /// A packet out of the tunnel.
 #[inline(always)]
@@ -26,8 +27,8 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
             deliver::admit(skb, packet, receiver, now(), account)?;
             deliver::hand_over(skb, receiver)
         }
-        // For the node itself; what is for nobody here ends at the unreachable route of the node's pod CIDR.
-        None => Ok(TC_ACT_OK as i32),
+        None if identity_of(&packet.tuple.dst) == identity::HOST => Ok(TC_ACT_OK as i32),
+        None => Err(Reason::TunnelUnknown),
     }
 }
 
