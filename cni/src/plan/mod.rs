@@ -6,7 +6,7 @@
 mod names;
 mod steps;
 
-pub use names::{Mac, host_ifname, host_mac, pod_mac};
+pub use names::{HOST_PREFIX, Mac, host_ifname, host_mac, pod_mac};
 pub use steps::{Side, Step, Undo};
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
