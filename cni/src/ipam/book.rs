@@ -32,6 +32,16 @@ impl<S: LeaseStore> Book<S> {
         &self.pool
     }
 
+    /// The store, to look at.
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// The store, for tests that make it fail. Writing to it behind the book's back breaks the book.
+    pub fn store_mut(&mut self) -> &mut S {
+        &mut self.store
+    }
+
     /// The lease of `request`: the existing one with its addresses, brought up to date, or a new one.
     ///
     /// # Errors
