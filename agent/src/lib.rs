@@ -2,6 +2,12 @@
 
 #![deny(unsafe_code)]
 
+pub mod attachments;
+pub mod cleanup;
 pub mod config;
+pub mod engine;
+pub mod host;
 pub mod http;
+pub mod inspect;
+pub mod run;
 pub mod source;

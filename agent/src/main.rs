@@ -1,1 +1,41 @@
-fn main() {}
+//! keelway-agent: see the library.
+
+use clap::Parser as _;
+use keelway_agent::config::{Cli, Command, Config, Host};
+use keelway_agent::{cleanup, run};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> std::process::ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_env("KEELWAY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match act(cli) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("keelway-agent: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn act(cli: Cli) -> anyhow::Result<()> {
+    match cli.command.unwrap_or_else(|| Command::Run(Box::new(cli.flags))) {
+        Command::Run(flags) => {
+            let config = Config::load(&flags, &Host::read())?;
+            runtime()?.block_on(run::run(config))
+        }
+        Command::Cleanup(args) => {
+            let config = Config::load(&args.flags, &Host::read())?;
+            runtime()?.block_on(cleanup::cleanup(&config))
+        }
+        Command::InstallCni(args) => keelway_agent::install::install(&args),
+        Command::Version => {
+            println!("keelway-agent {} (layout {})", env!("CARGO_PKG_VERSION"), keelway_layout::LAYOUT_VERSION);
+            Ok(())
+        }
+    }
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
+}

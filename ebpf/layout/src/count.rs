@@ -111,6 +111,13 @@ numbered! {
     }
 }
 
+impl Reason {
+    /// Whether the packet went on.
+    pub const fn is_passage(self) -> bool {
+        matches!(self, Self::Forwarded | Self::Translated)
+    }
+}
+
 /// Packets and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

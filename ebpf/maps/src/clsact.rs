@@ -32,3 +32,14 @@ pub fn is_attached(device: &str, direction: TcAttachType) -> bool {
         .output()
         .is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains(&format!("pref {PRIORITY} ")))
 }
+
+/// Removes our filters from a device, of both directions; there may be none.
+pub fn detach(device: &str) {
+    for parent in ["ingress", "egress"] {
+        let priority = PRIORITY.to_string();
+        let _ = std::process::Command::new("tc")
+            .args(["filter", "del", "dev", device, parent, "pref", &priority])
+            .stderr(std::process::Stdio::null())
+            .status();
+    }
+}

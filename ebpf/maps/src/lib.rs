@@ -17,6 +17,7 @@ mod table;
 mod tables;
 
 pub use attach::{HookState, Mechanism};
+pub use clsact::detach as detach_clsact;
 pub use error::{Error, TableError};
 pub use loader::{Datapath, cleanup};
 pub use table::{CounterTable, KernelTable, Table};

@@ -1,0 +1,73 @@
+//! `keelway-agent cleanup`: everything of ours leaves the node, since pins, devices and routes outlive the agent's pod.
+
+use std::net::IpAddr;
+use std::path::Path;
+
+use anyhow::Context as _;
+use ipnet::IpNet;
+use keelway_cni::install::{BINARY_FILE, CONFLIST_FILE};
+use keelway_cni::ipam::journal::Journal;
+use keelway_cni::ipam::{Book, Pool};
+use keelway_cni::plan::HOST_PREFIX;
+use keelway_netlink::{Handle, PROTOCOL_KEELWAY, RouteFilter};
+
+use crate::attachments::leases_path;
+use crate::config::Config;
+use crate::host::{CIDRS_FILE, VXLAN_DEVICE, remembered_cidrs};
+
+/// Removes what there is and says what that was.
+///
+/// # Errors
+/// The first thing that could not be removed; what went before is gone.
+pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
+    // Opening the leases also keeps us from pulling the floor from under a running agent.
+    let book =
+        Book::open(Journal::open(leases_path(&config.state_dir))?, &[]).context("is the agent still running?")?;
+    let leases = book.pool().leases().count();
+    let host = Handle::open()?;
+    let mut routes = 0;
+    for route in host.routes(RouteFilter { protocol: Some(PROTOCOL_KEELWAY), ..RouteFilter::default() }).await? {
+        routes += usize::from(host.delete_route(&route).await?);
+    }
+    let pod_cidrs = remembered_cidrs(&config.state_dir)?;
+    let own: Vec<IpAddr> = Pool::new(&pod_cidrs).map(|pool| pool.host_addresses()).unwrap_or_default();
+    for cidr in &pod_cidrs {
+        routes += usize::from(host.delete_unreachable(cidr.trunc()).await?);
+    }
+    let mut links = 0;
+    for link in host.links().await? {
+        for address in &own {
+            host.delete_address(link.index, IpNet::from(*address)).await?;
+        }
+        keelway_maps::detach_clsact(&link.name);
+        let pod = link.kind == "veth" && link.name.starts_with(HOST_PREFIX);
+        if pod || link.name == VXLAN_DEVICE {
+            links += usize::from(host.delete_link(&link.name).await?);
+        }
+    }
+    let pins = keelway_maps::cleanup(&config.bpffs)?.len();
+    let files = remove_files(config)?;
+    println!("removed {pins} pins, {links} devices, {routes} routes, {leases} leases, {files} files");
+    Ok(())
+}
+
+fn remove_files(config: &Config) -> anyhow::Result<usize> {
+    let mut removed = 0;
+    for file in [
+        config.state_dir.join("leases"),
+        config.state_dir.join("leases.lock"),
+        config.state_dir.join("policy-numbers"),
+        config.state_dir.join(CIDRS_FILE),
+        config.socket(),
+        config.run_dir.join(keelway_cni::command::SEEN_FILE),
+        Path::new("/etc/cni/net.d").join(CONFLIST_FILE),
+        Path::new("/opt/cni/bin").join(BINARY_FILE),
+    ] {
+        match std::fs::remove_file(&file) {
+            Ok(()) => removed += 1,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| file.display().to_string()),
+        }
+    }
+    Ok(removed)
+}

@@ -1,0 +1,448 @@
+//! The one writer of the kernel's tables. It runs on a thread of its own: events from the source and commands from the local
+//! API in, ordered writes out.
+//!
+//! ```text
+//! Event --> proxy::Model, policy::Model, nodes --(all kinds synced)--> restore against the maps, attach, switch
+//!                                              --(then, per batch)--> changes --> ops --> maps
+//! Command::{Admit, Attach, Detach, Status} --> endpoints, answers
+//! ```
+//!
+//! Events are taken in batches, so that a burst about one object costs one change. A write that fails leaves the mirror
+//! behind: the engine then restores it from the maps, with a delay that doubles.
+
+mod convert;
+mod endpoints;
+mod nodes;
+mod policies;
+mod services;
+mod status;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime};
+
+use keelway_cni::{Lease, LeaseKey, PodRef};
+use keelway_layout::NodeConfig;
+use keelway_maps::Datapath;
+use keelway_policy::model::ObjectName;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::http::{Health, Metrics};
+use crate::source::{Event, Kind, Node, Object, Status};
+
+pub use endpoints::Attached;
+pub use nodes::HostRoutes;
+pub use status::EngineStatus;
+
+/// Events taken before the tables are brought up to date.
+const BATCH: usize = 512;
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+
+/// Why the engine could not do as asked.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The first full lists are not in yet.
+    #[error("the agent has not yet read all objects from its source")]
+    NotSynced,
+    /// The tables or programs refused.
+    #[error("{0}")]
+    Kernel(String),
+}
+
+/// What the local API asks of the engine.
+pub enum Command {
+    /// Answers the pod's uid once the pod, its namespace and policies are known. Dropping the receiver gives up.
+    Admit {
+        /// As the runtime names it; an empty uid takes the pod of that name.
+        pod: PodRef,
+        /// Receives the uid.
+        reply: oneshot::Sender<String>,
+    },
+    /// Puts the policy of a leased pod into the kernel, ahead of its endpoint.
+    Prepare {
+        /// The lease, its pod's uid filled in.
+        lease: Lease,
+        /// Done or why not.
+        reply: oneshot::Sender<Result<(), EngineError>>,
+    },
+    /// Attaches the programs to the pod's veth pair and makes it an endpoint.
+    Attach {
+        /// What there is to know about it.
+        attached: Attached,
+        /// Done or why not.
+        reply: oneshot::Sender<Result<(), EngineError>>,
+    },
+    /// Forgets an endpoint and the policy that only it needed.
+    Detach {
+        /// Which.
+        key: LeaseKey,
+        /// Name of the host's end of the pair.
+        host_ifname: String,
+        /// Done or why not.
+        reply: oneshot::Sender<Result<(), EngineError>>,
+    },
+    /// Whether the endpoint's entries and programs are in place; what is not, in words.
+    Verify {
+        /// Which.
+        key: LeaseKey,
+        /// What is missing.
+        reply: oneshot::Sender<Vec<String>>,
+    },
+    /// Everything that is shown.
+    Status {
+        /// Receives it.
+        reply: oneshot::Sender<EngineStatus>,
+    },
+}
+
+/// What the engine needs to know of its node before the source says anything.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The name of this node's Node object.
+    pub node_name: String,
+    /// Where the numbers of identities and rules are kept.
+    pub state_dir: PathBuf,
+    /// Where socket hooks attach.
+    pub cgroup_root: PathBuf,
+    /// Namespaces without objects are taken as given (`--manifests`).
+    pub implied_namespaces: bool,
+}
+
+/// The node's devices, once they exist.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Devices {
+    /// Names of the devices that carry traffic in and out of the node.
+    pub node: Vec<String>,
+    /// The tunnel's; `None` in routed mode.
+    pub vxlan: Option<String>,
+    /// What the programs are told of all this.
+    pub config: NodeConfig,
+    /// The node's own addresses in its pod CIDRs.
+    pub host_addresses: Vec<IpAddr>,
+}
+
+/// How the rest of the agent speaks to the engine.
+#[derive(Clone)]
+pub struct Handle {
+    commands: mpsc::Sender<Command>,
+    synced: watch::Receiver<bool>,
+}
+
+impl Handle {
+    /// Whether the tables are in step with the source.
+    pub fn is_synced(&self) -> bool {
+        *self.synced.borrow()
+    }
+
+    /// Sends a command and waits for its answer; `None` when the engine is gone.
+    pub async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+/// The engine and what flows into and out of it.
+pub struct Engine {
+    settings: Settings,
+    datapath: Datapath,
+    devices: watch::Receiver<Option<Devices>>,
+    host_routes: watch::Sender<HostRoutes>,
+    synced_tx: watch::Sender<bool>,
+    node_tx: watch::Sender<Option<Node>>,
+    source: Status,
+    health: Health,
+    metrics: Metrics,
+
+    kinds: BTreeSet<Kind>,
+    nodes: BTreeMap<String, Node>,
+    services: services::Services,
+    policies: policies::Policies,
+    endpoints: endpoints::Endpoints,
+    pod_uids: BTreeMap<ObjectName, String>,
+    waiting: Vec<(PodRef, oneshot::Sender<String>)>,
+    problems: BTreeMap<&'static str, String>,
+    retry_at: Option<(Instant, Duration)>,
+    started: Instant,
+}
+
+/// The channels that the engine is made with.
+pub struct Wiring {
+    /// Desired state.
+    pub events: mpsc::Receiver<Event>,
+    /// The devices, when the host's side is ready.
+    pub devices: watch::Receiver<Option<Devices>>,
+    /// Receives this node's object.
+    pub node: watch::Sender<Option<Node>>,
+    /// Receives the routes that the host should have.
+    pub host_routes: watch::Sender<HostRoutes>,
+    /// The source's own state.
+    pub source: Status,
+    /// For `/healthz`.
+    pub health: Health,
+    /// For `/metrics`.
+    pub metrics: Metrics,
+}
+
+impl Engine {
+    /// Starts the engine on its thread. `leases` are the pods that were attached before.
+    ///
+    /// # Errors
+    /// When the thread cannot be started or what was persisted cannot be read.
+    pub fn start(settings: Settings, datapath: Datapath, leases: Vec<Lease>, wiring: Wiring) -> anyhow::Result<Handle> {
+        let (commands, inbox) = mpsc::channel(256);
+        let (synced_tx, synced) = watch::channel(false);
+        let Wiring { events, devices, node, host_routes, source, health, metrics } = wiring;
+        let policies = policies::Policies::open(&settings, &datapath.tables)?;
+        let endpoints = endpoints::Endpoints::restore(leases, &datapath.tables)?;
+        let engine = Self {
+            services: services::Services::new(&settings.node_name),
+            policies,
+            endpoints,
+            settings,
+            datapath,
+            devices,
+            host_routes,
+            synced_tx,
+            node_tx: node,
+            source,
+            health,
+            metrics,
+            kinds: BTreeSet::new(),
+            nodes: BTreeMap::new(),
+            pod_uids: BTreeMap::new(),
+            waiting: Vec::new(),
+            problems: BTreeMap::new(),
+            retry_at: None,
+            started: Instant::now(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+        std::thread::Builder::new().name("engine".into()).spawn(move || runtime.block_on(engine.run(events, inbox)))?;
+        Ok(Handle { commands, synced })
+    }
+
+    async fn run(mut self, mut events: mpsc::Receiver<Event>, mut commands: mpsc::Receiver<Command>) {
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut devices = self.devices.clone();
+        loop {
+            let retry = self.retry_at.map(|(at, _)| at);
+            tokio::select! {
+                count = events.recv_many(&mut batch, BATCH) => {
+                    if count == 0 {
+                        return;
+                    }
+                    for event in batch.drain(..) {
+                        self.event(event);
+                    }
+                    self.update();
+                }
+                command = commands.recv() => {
+                    let Some(command) = command else { return };
+                    self.command(command);
+                }
+                changed = devices.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    self.update();
+                }
+                () = tokio::time::sleep_until(retry.unwrap_or_else(Instant::now).into()), if retry.is_some() => {
+                    self.retry();
+                }
+            }
+        }
+    }
+
+    fn is_synced(&self) -> bool {
+        *self.synced_tx.borrow()
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Upsert(object) => self.upsert(object),
+            Event::Delete(reference) => {
+                let name = || ObjectName::new(reference.namespace.clone(), reference.name.clone());
+                match reference.kind {
+                    Kind::Node => self.node_gone(&reference.name),
+                    Kind::Namespace => self.policies.model.delete_namespace(&reference.name),
+                    Kind::Service => {
+                        self.services.service_gone(&reference.namespace, &reference.name);
+                        self.metrics.service_changed();
+                        self.health.change_queued();
+                    }
+                    Kind::EndpointSlice => {
+                        self.services.slice_gone(&reference.namespace, &reference.name);
+                        self.metrics.endpoints_changed();
+                        self.health.change_queued();
+                    }
+                    Kind::NetworkPolicy => self.policies.model.delete_policy(&name()),
+                    Kind::Pod => {
+                        self.pod_uids.remove(&name());
+                        self.policies.model.delete_pod(&name());
+                    }
+                }
+            }
+            Event::Synced(kind) => {
+                self.kinds.insert(kind);
+            }
+        }
+    }
+
+    fn upsert(&mut self, object: Object) {
+        match object {
+            Object::Node(node) => self.node_changed(node),
+            Object::Namespace(namespace) => self.policies.model.upsert_namespace(namespace),
+            Object::Service(service) => {
+                self.services.model.upsert_service(service);
+                self.metrics.service_changed();
+                self.health.change_queued();
+            }
+            Object::EndpointSlice(slice, triggered) => {
+                self.services.slice_changed(slice, triggered);
+                self.metrics.endpoints_changed();
+                self.health.change_queued();
+            }
+            Object::NetworkPolicy(policy) => self.policies.model.upsert_policy(policy),
+            Object::Pod(pod) => {
+                self.pod_uids.insert(pod.name.clone(), pod.uid.clone());
+                self.policies.model.upsert_pod(pod);
+            }
+        }
+    }
+
+    /// Brings the tables up to date with the models, once everything is there that they need.
+    fn update(&mut self) {
+        if self.retry_at.is_some() {
+            return;
+        }
+        let result = if self.is_synced() { self.apply() } else { self.first_sync() };
+        self.settle(result);
+        self.answer_waiting();
+    }
+
+    fn settle(&mut self, result: Result<(), EngineError>) {
+        match result {
+            Ok(()) => {
+                self.retry_at = None;
+                self.problems.remove("tables");
+            }
+            Err(EngineError::NotSynced) => {}
+            Err(error) => {
+                let delay = self.retry_at.map_or(FIRST_RETRY, |(_, delay)| (delay * 2).min(LAST_RETRY));
+                tracing::warn!(%error, ?delay, "the tables are behind; restoring them");
+                self.problems.insert("tables", error.to_string());
+                self.metrics.sync_failed();
+                self.health.sync_failed();
+                self.retry_at = Some((Instant::now() + delay, delay));
+            }
+        }
+    }
+
+    /// After a failed write the mirrors may not be what the kernel holds: read it back.
+    fn retry(&mut self) {
+        let result = if self.is_synced() { self.restore().and_then(|()| self.apply()) } else { self.first_sync() };
+        self.settle(result);
+        self.answer_waiting();
+    }
+
+    fn first_sync(&mut self) -> Result<(), EngineError> {
+        if self.kinds.len() < Kind::ALL.len() {
+            return Err(EngineError::NotSynced);
+        }
+        let Some(devices) = self.devices.borrow().clone() else {
+            return Err(EngineError::NotSynced);
+        };
+        let kernel = |error: &dyn std::fmt::Display| EngineError::Kernel(error.to_string());
+        self.datapath.tables.set_node(&devices.config).map_err(|error| kernel(&error))?;
+        self.sync_nodes(&devices)?;
+        self.restore()?;
+        self.apply()?;
+        // The tables hold what they should: now the programs may look.
+        let generation = self.datapath.switch().map_err(|error| kernel(&error))?;
+        self.attach(&devices).map_err(|error| kernel(&error))?;
+        tracing::info!(generation, "in sync; programs attached");
+        self.synced_tx.send_replace(true);
+        self.health.set_synced();
+        Ok(())
+    }
+
+    fn attach(&mut self, devices: &Devices) -> Result<(), keelway_maps::Error> {
+        self.datapath.attach_cgroup(&self.settings.cgroup_root)?;
+        if let Some(vxlan) = &devices.vxlan {
+            self.datapath.attach_vxlan(vxlan)?;
+        }
+        for device in &devices.node {
+            self.datapath.attach_node(device)?;
+        }
+        self.reattach_pods()
+    }
+
+    fn restore(&mut self) -> Result<(), EngineError> {
+        self.policies.restore(&self.settings, &self.datapath.tables)?;
+        self.replay_nodes();
+        for endpoint in self.endpoints.wanted() {
+            self.policies.model.upsert_endpoint(endpoint);
+        }
+        self.services.restore(&mut self.datapath.tables)
+    }
+
+    fn apply(&mut self) -> Result<(), EngineError> {
+        self.health.sync_started();
+        let started = Instant::now();
+        let programmed = self.services.apply(&mut self.datapath.tables)?;
+        self.policies.apply(&mut self.datapath, &mut self.endpoints)?;
+        self.health.sync_succeeded();
+        let now = SystemTime::now();
+        let unix = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        self.metrics.sync_done(started.elapsed().as_secs_f64(), unix);
+        for triggered in programmed {
+            if let Ok(late) = now.duration_since(triggered) {
+                self.metrics.endpoint_programmed(late.as_secs_f64());
+            }
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Admit { pod, reply } => {
+                self.waiting.push((pod, reply));
+                self.answer_waiting();
+            }
+            Command::Prepare { lease, reply } => {
+                let _ = reply.send(self.prepare(lease));
+            }
+            Command::Attach { attached, reply } => {
+                let _ = reply.send(self.attach_endpoint(attached));
+            }
+            Command::Detach { key, host_ifname, reply } => {
+                let _ = reply.send(self.detach_endpoint(&key, &host_ifname));
+            }
+            Command::Verify { key, reply } => {
+                let _ = reply.send(self.verify_endpoint(&key));
+            }
+            Command::Status { reply } => {
+                let _ = reply.send(self.status());
+            }
+        }
+    }
+
+    fn answer_waiting(&mut self) {
+        if !self.is_synced() || self.retry_at.is_some() {
+            self.waiting.retain(|(_, reply)| !reply.is_closed());
+            return;
+        }
+        for (pod, reply) in std::mem::take(&mut self.waiting) {
+            let known = self.pod_uids.get(&ObjectName::new(pod.namespace.clone(), pod.name.clone()));
+            match known {
+                Some(uid) if (pod.uid.is_empty() || pod.uid == *uid) && self.policies.model.knows(uid) => {
+                    let _ = reply.send(uid.clone());
+                }
+                _ if reply.is_closed() => {}
+                _ => self.waiting.push((pod, reply)),
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Nodes: who is behind which pod CIDR.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use keelway_cni::ipam::Pool;
+use keelway_layout::Tunnel;
+use keelway_maps::Table as _;
+use keelway_policy as policy;
+
+use super::{Devices, Engine, EngineError, convert};
+use crate::source::Node;
+
+/// Where other nodes' pods are: pod CIDR to the node's address of the same family (routed mode) or none (the tunnel).
+pub type HostRoutes = BTreeMap<IpNet, Option<IpAddr>>;
+
+/// The node's address that tunnelled packets go to.
+fn underlay(node: &Node) -> Option<IpAddr> {
+    node.internal_addresses.first().copied()
+}
+
+fn host_addresses(node: &Node) -> Vec<IpAddr> {
+    // A CIDR that cannot be used is reported where it matters, on its own node.
+    Pool::new(&node.pod_cidrs).map(|pool| pool.host_addresses()).unwrap_or_default()
+}
+
+impl Engine {
+    fn policy_node(&self, node: &Node) -> policy::model::Node {
+        let mut addresses = node.internal_addresses.clone();
+        addresses.extend(host_addresses(node));
+        policy::model::Node {
+            name: node.name.clone(),
+            is_local: node.name == self.settings.node_name,
+            addresses,
+            pod_cidrs: node.pod_cidrs.clone(),
+        }
+    }
+
+    pub(super) fn node_changed(&mut self, node: Node) {
+        if self.nodes.get(&node.name) == Some(&node) {
+            return;
+        }
+        self.policies.model.upsert_node(self.policy_node(&node));
+        if node.name == self.settings.node_name {
+            self.services.set_zone(node.labels.get("topology.kubernetes.io/zone").cloned());
+            self.health.set_eligible(node.eligible);
+            self.node_tx.send_replace(Some(node.clone()));
+        }
+        self.nodes.insert(node.name.clone(), node);
+        self.nodes_changed();
+    }
+
+    pub(super) fn node_gone(&mut self, name: &str) {
+        self.policies.model.delete_node(name);
+        self.nodes.remove(name);
+        self.nodes_changed();
+    }
+
+    pub(super) fn replay_nodes(&mut self) {
+        let nodes: Vec<_> = self.nodes.values().map(|node| self.policy_node(node)).collect();
+        for node in nodes {
+            self.policies.model.upsert_node(node);
+        }
+    }
+
+    fn nodes_changed(&mut self) {
+        if !self.is_synced() {
+            return;
+        }
+        let devices = self.devices.borrow().clone();
+        if let Some(devices) = devices
+            && let Err(error) = self.sync_nodes(&devices)
+        {
+            self.settle(Err(error));
+        }
+    }
+
+    /// Brings the tunnel table, and the host's wish for routes, to the nodes that are known.
+    pub(super) fn sync_nodes(&mut self, devices: &Devices) -> Result<(), EngineError> {
+        let tunnelled = devices.vxlan.is_some();
+        let mut wanted: BTreeMap<IpNet, IpAddr> = BTreeMap::new();
+        let mut routes = HostRoutes::new();
+        for node in self.nodes.values().filter(|node| node.name != self.settings.node_name) {
+            let Some(remote) = underlay(node) else { continue };
+            for cidr in &node.pod_cidrs {
+                let gateway = node.internal_addresses.iter().find(|addr| addr.is_ipv4() == cidr.addr().is_ipv4());
+                if tunnelled {
+                    wanted.insert(cidr.trunc(), remote);
+                    routes.insert(cidr.trunc(), None);
+                } else if let Some(gateway) = gateway {
+                    routes.insert(cidr.trunc(), Some(*gateway));
+                }
+            }
+            if tunnelled {
+                for address in &node.internal_addresses {
+                    wanted.insert(IpNet::from(*address), remote);
+                }
+            }
+        }
+        let tables = &mut self.datapath.tables;
+        let kernel = |error: keelway_maps::TableError| EngineError::Kernel(error.to_string());
+        let present: BTreeMap<_, _> = tables.tunnels.dump().map_err(kernel)?.into_iter().collect();
+        let wanted: BTreeMap<_, _> = wanted
+            .into_iter()
+            .map(|(net, remote)| (convert::prefix(net), Tunnel { remote: remote.into(), reserved: [0; 2] }))
+            .collect();
+        for (key, value) in &wanted {
+            if present.get(key) != Some(value) {
+                tables.tunnels.put(key, value).map_err(kernel)?;
+            }
+        }
+        for key in present.keys().filter(|key| !wanted.contains_key(key)) {
+            tables.tunnels.delete(key).map_err(kernel)?;
+        }
+        self.host_routes.send_if_modified(|now| {
+            let changed = *now != routes;
+            *now = routes;
+            changed
+        });
+        Ok(())
+    }
+}

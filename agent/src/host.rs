@@ -1,0 +1,216 @@
+//! The host's side of the network: devices, the node's own addresses in its pod CIDRs, sysctls, and routes to other nodes'
+//! pods. All of it may be repeated; a restart finds it in place and touches nothing that is right.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use ipnet::IpNet;
+use keelway_cni::install::write_atomically;
+use keelway_cni::ipam::Pool;
+use keelway_cni::plan::node_sysctls;
+use keelway_layout::{Addr, NodeConfig, Port, node_flags};
+use keelway_netlink::{AddressOptions, Handle, Link, OnMismatch, Route, RouteFilter, Vxlan, sysctl};
+use keelway_netlink::{PROTOCOL_KEELWAY, RouteScope, TABLE_MAIN};
+
+use crate::config::{Config, PortRange, Routing};
+use crate::engine::{Devices, HostRoutes};
+use crate::source::Node;
+
+/// The tunnel's device. Not `kw...`, which the pods' devices are called.
+pub const VXLAN_DEVICE: &str = "keelway-vxlan";
+/// Holds the node's pod CIDRs, a line each, below the state directory.
+pub const CIDRS_FILE: &str = "pod-cidrs";
+/// Bytes that the tunnel adds: outer IP, UDP and VXLAN headers and the inner Ethernet header.
+const OVERHEAD_V4: u32 = 20 + 8 + 8 + 14;
+const OVERHEAD_V6: u32 = 40 + 8 + 8 + 14;
+const RESERVED_PORTS: &str = "net/ipv4/ip_local_reserved_ports";
+
+/// What this node is, once its object has said so.
+#[derive(Clone, Debug)]
+pub struct HostNetwork {
+    /// For the engine.
+    pub devices: Devices,
+    /// MTU of pods in bytes.
+    pub mtu: u32,
+    /// The node's pod CIDRs.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Device that host routes go over: the tunnel's, or the first of the node.
+    route_index: u32,
+}
+
+/// Makes the devices, addresses and settings that `node` needs here.
+///
+/// # Errors
+/// When the node's object or the host lacks something, in words that name it.
+pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Result<HostNetwork> {
+    if node.pod_cidrs.is_empty() {
+        bail!(
+            "Node {}: spec.podCIDRs is empty; the controller manager assigns them (--allocate-node-cidrs)",
+            node.name
+        );
+    }
+    let pool = Pool::new(&node.pod_cidrs).with_context(|| format!("Node {}: spec.podCIDRs", node.name))?;
+    let links = node_links(config, node, host).await?;
+    let first = links.first().context("no device")?;
+    let underlay = *node.internal_addresses.first().with_context(|| no_address(node))?;
+    let mtu = pod_mtu(config, first.mtu, underlay);
+    let host_addresses = pool.host_addresses();
+
+    for (key, value) in node_sysctls(&host_addresses) {
+        sysctl::write(&key, &value)?;
+    }
+    reserve_ports(config.snat_ports)?;
+
+    let mut programs = NodeConfig {
+        node_v4: first_of(node, IpAddr::is_ipv4),
+        node_v6: first_of(node, IpAddr::is_ipv6),
+        flags: node_flags::MASQUERADE_V4 | node_flags::MASQUERADE_V6,
+        snat_first: Port::new(config.snat_ports.first),
+        snat_last: Port::new(config.snat_ports.last),
+        vxlan_port: Port::new(config.vxlan_port),
+        ..NodeConfig::default()
+    };
+    let (route_index, vxlan, address_index) = match config.routing {
+        Routing::Vxlan => {
+            let link = vxlan_device(config, mtu, host).await?;
+            programs.flags |= node_flags::VXLAN;
+            programs.vxlan_ifindex = link.index;
+            programs.vxlan_mac = link.mac.unwrap_or_default();
+            (link.index, Some(VXLAN_DEVICE.to_owned()), link.index)
+        }
+        Routing::Routed => (first.index, None, host.require_link("lo").await?.index),
+    };
+    for address in &host_addresses {
+        let options = AddressOptions { nodad: true, noprefixroute: true };
+        host.replace_address(address_index, IpNet::from(*address), options).await?;
+    }
+    remember_cidrs(&config.state_dir, &node.pod_cidrs)?;
+    for cidr in &node.pod_cidrs {
+        host.replace_unreachable(cidr.trunc()).await?;
+    }
+    let node_devices = links.iter().map(|link| link.name.clone()).collect();
+    let devices = Devices { node: node_devices, vxlan, config: programs, host_addresses };
+    Ok(HostNetwork { devices, mtu, pod_cidrs: node.pod_cidrs.clone(), route_index })
+}
+
+/// Keeps the pod CIDRs for `cleanup`, which asks nobody.
+fn remember_cidrs(state_dir: &Path, cidrs: &[IpNet]) -> anyhow::Result<()> {
+    if remembered_cidrs(state_dir)? != cidrs {
+        let text: String = cidrs.iter().map(|cidr| format!("{cidr}\n")).collect();
+        write_atomically(&state_dir.join(CIDRS_FILE), text.as_bytes(), 0o600)?;
+    }
+    Ok(())
+}
+
+/// The pod CIDRs that this node had last; none when it never had any.
+///
+/// # Errors
+/// That the file cannot be read.
+pub fn remembered_cidrs(state_dir: &Path) -> anyhow::Result<Vec<IpNet>> {
+    let path = state_dir.join(CIDRS_FILE);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => text.lines().map(|line| line.parse().with_context(|| path.display().to_string())).collect(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error).with_context(|| path.display().to_string()),
+    }
+}
+
+fn no_address(node: &Node) -> String {
+    format!("Node {}: status.addresses has no InternalIP", node.name)
+}
+
+fn first_of(node: &Node, family: fn(&IpAddr) -> bool) -> Addr {
+    node.internal_addresses.iter().find(|address| family(address)).map_or(Addr::UNSPECIFIED, |ip| Addr::from(*ip))
+}
+
+fn pod_mtu(config: &Config, device: u32, underlay: IpAddr) -> u32 {
+    let overhead = match config.routing {
+        Routing::Routed => 0,
+        Routing::Vxlan if underlay.is_ipv4() => OVERHEAD_V4,
+        Routing::Vxlan => OVERHEAD_V6,
+    };
+    config.mtu.unwrap_or_else(|| device.saturating_sub(overhead))
+}
+
+async fn node_links(config: &Config, node: &Node, host: &Handle) -> anyhow::Result<Vec<Link>> {
+    let mut links = Vec::new();
+    for name in &config.devices {
+        links.push(host.link(name).await?.with_context(|| format!("devices: there is no device {name:?}"))?);
+    }
+    if !links.is_empty() {
+        return Ok(links);
+    }
+    let addresses = host.addresses(None).await?;
+    for wanted in &node.internal_addresses {
+        let found = addresses.iter().find(|address| address.address.addr() == *wanted);
+        let Some(found) = found else { continue };
+        if links.iter().all(|link: &Link| link.index != found.index) {
+            links.extend(host.link_by_index(found.index).await?);
+        }
+    }
+    if links.is_empty() {
+        bail!(
+            "devices: none of the addresses {:?} of Node {} is on a device of this host; is --node-name right?",
+            node.internal_addresses,
+            node.name
+        );
+    }
+    Ok(links)
+}
+
+async fn vxlan_device(config: &Config, mtu: u32, host: &Handle) -> anyhow::Result<Link> {
+    let wanted = Vxlan { name: VXLAN_DEVICE, port: config.vxlan_port, mtu, mac: None };
+    let link = host.ensure_vxlan(&wanted, OnMismatch::Recreate).await.context("the tunnel's device")?;
+    // Peers come from a table: there is nobody to ask for a hardware address.
+    host.set_arp(link.index, false).await?;
+    host.set_up(link.index, true).await?;
+    Ok(host.require_link(VXLAN_DEVICE).await?)
+}
+
+/// Keeps sockets from being given the ports that masquerading picks from, beside what others reserved.
+fn reserve_ports(range: PortRange) -> anyhow::Result<()> {
+    let ours = format!("{}-{}", range.first, range.last);
+    let present = sysctl::read(RESERVED_PORTS)?;
+    let present = present.trim();
+    if present.split(',').any(|part| part == ours) {
+        return Ok(());
+    }
+    let all = if present.is_empty() { ours } else { format!("{present},{ours}") };
+    sysctl::write(RESERVED_PORTS, &all)?;
+    Ok(())
+}
+
+/// Brings the host's routes to other nodes' pods to what is wanted; routes of ours to anything else there are removed.
+///
+/// # Errors
+/// The kernel's; what was done stays, and the next call goes on.
+pub async fn sync_routes(network: &HostNetwork, wanted: &HostRoutes, host: &Handle) -> keelway_netlink::Result<()> {
+    let src = |to: &IpNet| {
+        network.devices.host_addresses.iter().copied().find(|address| address.is_ipv4() == to.addr().is_ipv4())
+    };
+    let wanted: BTreeMap<IpNet, Route> = wanted
+        .iter()
+        .map(|(to, gateway)| {
+            let route = match gateway {
+                Some(gateway) => Route { src: src(to), ..Route::via(*to, *gateway, network.route_index) },
+                None => Route { src: src(to), scope: RouteScope::Link, ..Route::dev(*to, network.route_index) },
+            };
+            (*to, route)
+        })
+        .collect();
+    let filter =
+        RouteFilter { index: Some(network.route_index), table: Some(TABLE_MAIN), protocol: Some(PROTOCOL_KEELWAY) };
+    let present = host.routes(filter).await?;
+    for route in wanted.values() {
+        let same = |found: &&Route| found.to == route.to && found.via == route.via && found.src == route.src;
+        if present.iter().find(same).is_none() {
+            host.replace_route(route).await?;
+        }
+    }
+    for route in present.iter().filter(|route| !wanted.contains_key(&route.to)) {
+        host.delete_route(route).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! What `keelway` shows of this node.
+
+use keelway_api::v1::inspect_server::Inspect;
+use keelway_api::v1::{Counts, Drop, Hook, MapFill, NodeStatusRequest, NodeStatusResponse, SourceKind};
+use tokio::sync::watch;
+use tonic::{Request, Response, Status};
+
+use crate::config::Config;
+use crate::engine::{Command, EngineStatus, Handle};
+use crate::host::HostNetwork;
+use crate::source::{Kind, Status as SourceStatus};
+
+/// The service.
+pub struct InspectService {
+    /// The engine.
+    pub engine: Handle,
+    /// The source's state.
+    pub source: SourceStatus,
+    /// The configuration.
+    pub config: Config,
+    /// The node's network, once set up.
+    pub network: watch::Receiver<Option<HostNetwork>>,
+    /// Why it could not be set up yet; empty when all is well.
+    pub host_problem: watch::Receiver<String>,
+}
+
+#[tonic::async_trait]
+impl Inspect for InspectService {
+    async fn node_status(&self, _: Request<NodeStatusRequest>) -> Result<Response<NodeStatusResponse>, Status> {
+        let engine = self.engine.ask(|reply| Command::Status { reply }).await;
+        let engine = engine.ok_or_else(|| Status::unavailable("the agent is stopping"))?;
+        Ok(Response::new(self.response(engine)))
+    }
+}
+
+impl InspectService {
+    fn response(&self, engine: EngineStatus) -> NodeStatusResponse {
+        let network = self.network.borrow().clone();
+        let of_map = |name: &str| engine.fill.iter().find(|fill| fill.name == name).map_or(0, |fill| fill.entries);
+        let kind = |kind: Kind| self.source.kind(kind);
+        let counts = Counts {
+            services: engine.services as u64,
+            frontends: engine.frontends as u64,
+            backends: engine.backends as u64,
+            endpoints: engine.endpoints as u64,
+            identities: of_map(keelway_layout::maps::IDENTITIES),
+            policies: kind(Kind::NetworkPolicy).objects,
+            policy_rules: of_map(keelway_layout::maps::RULES),
+            nodes: engine.nodes as u64,
+        };
+        let mut problems = engine.problems;
+        problems.extend(Some(self.host_problem.borrow().clone()).filter(|problem| !problem.is_empty()));
+        NodeStatusResponse {
+            version: env!("CARGO_PKG_VERSION").into(),
+            layout_version: engine.layout_version,
+            node: self.config.node_name.clone(),
+            source: self.source.description(),
+            synced: engine.synced,
+            kinds: Kind::ALL
+                .iter()
+                .map(|k| SourceKind { kind: k.as_str().into(), synced: kind(*k).synced, objects: kind(*k).objects })
+                .collect(),
+            hooks: engine
+                .hooks
+                .into_iter()
+                .map(|hook| Hook {
+                    hook: hook.hook.name().into(),
+                    device: hook.to,
+                    mechanism: hook.mechanism.name().into(),
+                    link_id: hook.link_id,
+                    program_id: hook.program_id,
+                    attached: hook.alive,
+                })
+                .collect(),
+            maps: engine
+                .fill
+                .into_iter()
+                .map(|fill| MapFill {
+                    name: fill.name.into(),
+                    entries: fill.entries,
+                    capacity: fill.capacity.into(),
+                    lru: fill.lru,
+                })
+                .collect(),
+            counts: Some(counts),
+            drops: engine
+                .counters
+                .into_iter()
+                .filter(|(_, reason, _)| !reason.is_passage())
+                .map(|(hook, reason, counter)| Drop {
+                    reason: reason.name().into(),
+                    hook: hook.name().into(),
+                    packets: counter.packets,
+                    bytes: counter.bytes,
+                })
+                .collect(),
+            pod_cidrs: network.iter().flat_map(|network| &network.pod_cidrs).map(ToString::to_string).collect(),
+            routing: self.config.routing.as_str().into(),
+            mtu: network.map_or(0, |network| network.mtu),
+            generation: engine.generation,
+            uptime_seconds: engine.uptime_seconds,
+            problems,
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! The agent as a process: what is made, in which order, and who talks to whom.
+//!
+//! ```text
+//! source task --events--> engine thread --node--> host task --devices--> engine thread
+//!                                       --routes-> host task --network-> attachments (gRPC)
+//! ```
+//!
+//! Stopping stops nothing of the network: programs, maps, links, devices and routes stay.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use keelway_api::v1::attachments_server::AttachmentsServer;
+use keelway_api::v1::inspect_server::InspectServer;
+use keelway_cni::command::SEEN_FILE;
+use keelway_cni::ipam::Book;
+use keelway_cni::ipam::journal::Journal;
+use keelway_layout::LAYOUT_VERSION;
+use keelway_maps::Datapath;
+use keelway_netlink::Handle as Netlink;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use crate::attachments::{AttachmentService, leases_path};
+use crate::config::{Config, SourceConfig};
+use crate::engine::{Command, Devices, Engine, Handle, HostRoutes, Settings, Wiring};
+use crate::host::{self, HostNetwork};
+use crate::http::{self, Health, Metrics};
+use crate::inspect::InspectService;
+use crate::source::kube::Kubernetes;
+use crate::source::manifests::Manifests;
+use crate::source::{CHANNEL_CAPACITY, Event, Node, Source, Status};
+
+/// How often the host's state is compared with what it should be, and the agent's sign of life renewed.
+const HOST_PERIOD: Duration = Duration::from_secs(30);
+const HOST_RETRY: Duration = Duration::from_secs(2);
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What keeps the agent from starting, in words that name it.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    for dir in [&config.state_dir, &config.run_dir] {
+        std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+    }
+    let book = Book::open(Journal::open(leases_path(&config.state_dir))?, &[])?;
+    let leases = book.pool().leases().cloned().collect();
+    let datapath = Datapath::open(&config.bpffs)?;
+    let was_synced = datapath.tables.state()?.generation > 0;
+
+    let status = Status::default();
+    let health = Health::default();
+    let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), LAYOUT_VERSION);
+    let (events_tx, events) = mpsc::channel(CHANNEL_CAPACITY);
+    let implied_namespaces = start_source(&config, events_tx, status.clone()).await?;
+
+    let (node_tx, node) = watch::channel(None);
+    let (devices_tx, devices) = watch::channel(None);
+    let (routes_tx, routes) = watch::channel(HostRoutes::new());
+    let settings = Settings {
+        node_name: config.node_name.clone(),
+        state_dir: config.state_dir.clone(),
+        cgroup_root: config.cgroup_root.clone(),
+        implied_namespaces,
+    };
+    let wiring = Wiring {
+        events,
+        devices,
+        node: node_tx,
+        host_routes: routes_tx,
+        source: status.clone(),
+        health: health.clone(),
+        metrics: metrics.clone(),
+    };
+    let engine = Engine::start(settings, datapath, leases, wiring)?;
+
+    let netlink = Netlink::open()?;
+    let (network_tx, network) = watch::channel(None);
+    let (problem_tx, host_problem) = watch::channel(String::new());
+    let warm_until = was_synced.then(|| Instant::now() + config.status_grace);
+    let attachments =
+        AttachmentService::new(engine.clone(), netlink.clone(), network.clone(), book, &config.state_dir, warm_until);
+    let host_task = HostTask {
+        config: config.clone(),
+        netlink,
+        node,
+        routes,
+        devices: devices_tx,
+        network: network_tx,
+        problem: problem_tx,
+        attachments: attachments.clone(),
+    };
+    tokio::spawn(host_task.run());
+    serve_http(&config, health, metrics, &engine, &status).await?;
+    let inspect =
+        InspectService { engine: engine.clone(), source: status, config: config.clone(), network, host_problem };
+    serve_api(&config, attachments.clone(), inspect)?;
+    tokio::spawn(show_signs_of_life(config.run_dir.clone()));
+    tokio::spawn(drain_when_synced(engine, attachments));
+    tracing::info!(node = %config.node_name, routing = config.routing.as_str(), "running");
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping; the network stays as it is");
+    Ok(())
+}
+
+/// Starts the source's task; answers whether namespaces without objects are taken as given.
+async fn start_source(config: &Config, events: mpsc::Sender<Event>, status: Status) -> anyhow::Result<bool> {
+    fn spawn(source: impl Source, events: mpsc::Sender<Event>, status: Status) {
+        status.describe(source.describe());
+        tokio::spawn(source.run(events, status));
+    }
+    match &config.source {
+        SourceConfig::InCluster { api_servers } => {
+            spawn(Kubernetes::in_cluster(api_servers, &config.state_dir)?, events, status);
+        }
+        SourceConfig::Kubeconfig { path, api_servers } => {
+            spawn(Kubernetes::kubeconfig(path, api_servers).await?, events, status);
+        }
+        SourceConfig::Manifests { dir } => {
+            spawn(Manifests::open(dir)?, events, status);
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+async fn serve_http(
+    config: &Config,
+    health: Health,
+    metrics: Metrics,
+    engine: &Handle,
+    status: &Status,
+) -> anyhow::Result<()> {
+    if let Some(listen) = config.healthz_addr {
+        let listener = http::bind("healthz-addr", listen).await?;
+        tokio::spawn(http::serve(listener, http::health_routes(health, metrics.clone())));
+    }
+    if let Some(listen) = config.metrics_addr {
+        let listener = http::bind("metrics-addr", listen).await?;
+        let (engine, status) = (engine.clone(), status.clone());
+        let runtime = tokio::runtime::Handle::current();
+        let refresh: http::Refresh = Arc::new(move |metrics: &Metrics| {
+            metrics.set_source(&status);
+            let snapshot = runtime.block_on(engine.ask(|reply| Command::Status { reply }));
+            for fill in snapshot.iter().flat_map(|snapshot| &snapshot.fill) {
+                metrics.set_map(fill.name, fill.entries, fill.capacity.into());
+            }
+            for (hook, reason, counter) in snapshot.iter().flat_map(|snapshot| &snapshot.counters) {
+                if !reason.is_passage() {
+                    metrics.set_drops(reason.name(), hook.name(), counter.packets, counter.bytes);
+                }
+            }
+        });
+        tokio::spawn(http::serve(listener, http::metrics_routes(metrics, refresh)));
+    }
+    Ok(())
+}
+
+/// Binds the socket in place of a dead one. A living one is kept from us by the lock on the leases.
+fn serve_api(config: &Config, attachments: AttachmentService, inspect: InspectService) -> anyhow::Result<()> {
+    let path = config.socket();
+    // Bound under another name and moved over, so that there is never a moment without a socket, nor one with wide permissions.
+    let fresh = path.with_extension("sock.new");
+    let _ = std::fs::remove_file(&fresh);
+    let listener = UnixListener::bind(&fresh).with_context(|| fresh.display().to_string())?;
+    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::rename(&fresh, &path).with_context(|| path.display().to_string())?;
+    let server = tonic::transport::Server::builder()
+        .add_service(AttachmentsServer::new(attachments))
+        .add_service(InspectServer::new(inspect))
+        .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener));
+    tokio::spawn(async move {
+        if let Err(error) = server.await {
+            tracing::error!(%error, "the local API ended");
+        }
+    });
+    Ok(())
+}
+
+/// keelway-cni's STATUS reads from this file when an agent was last there.
+async fn show_signs_of_life(run_dir: std::path::PathBuf) {
+    let path = run_dir.join(SEEN_FILE);
+    loop {
+        if let Err(error) = touch(&path) {
+            tracing::warn!(path = %path.display(), %error, "the sign of life cannot be renewed");
+        }
+        tokio::time::sleep(HOST_PERIOD).await;
+    }
+}
+
+fn touch(path: &Path) -> std::io::Result<()> {
+    std::fs::write(path, [])?;
+    std::fs::File::open(path)?.set_modified(std::time::SystemTime::now())
+}
+
+async fn drain_when_synced(engine: Handle, attachments: AttachmentService) {
+    while !engine.is_synced() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    loop {
+        attachments.drain_pending().await;
+        tokio::time::sleep(HOST_PERIOD).await;
+    }
+}
+
+/// Keeps the host's side as this node's object and the other nodes want it.
+struct HostTask {
+    config: Config,
+    netlink: Netlink,
+    node: watch::Receiver<Option<Node>>,
+    routes: watch::Receiver<HostRoutes>,
+    devices: watch::Sender<Option<Devices>>,
+    network: watch::Sender<Option<HostNetwork>>,
+    problem: watch::Sender<String>,
+    attachments: AttachmentService,
+}
+
+impl HostTask {
+    async fn run(mut self) {
+        loop {
+            let again = match self.once().await {
+                Ok(()) => {
+                    self.problem.send_replace(String::new());
+                    HOST_PERIOD
+                }
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    if *self.problem.borrow() != error {
+                        tracing::warn!(%error, "the node's network is not as it should be");
+                    }
+                    self.problem.send_replace(error);
+                    HOST_RETRY
+                }
+            };
+            tokio::select! {
+                changed = self.node.changed() => if changed.is_err() { return },
+                changed = self.routes.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(again) => {}
+            }
+        }
+    }
+
+    async fn once(&mut self) -> anyhow::Result<()> {
+        let Some(node) = self.node.borrow_and_update().clone() else {
+            anyhow::bail!("there is no Node {:?} yet; is --node-name right?", self.config.node_name);
+        };
+        let network = host::prepare(&self.config, &node, &self.netlink).await?;
+        let known = self.network.borrow().as_ref().map(|network| network.pod_cidrs.clone());
+        if known.as_ref() != Some(&network.pod_cidrs) {
+            self.attachments.reopen_book(&network.pod_cidrs)?;
+        }
+        let devices = Some(network.devices.clone());
+        let routes = self.routes.borrow_and_update().clone();
+        self.network.send_replace(Some(network.clone()));
+        self.devices.send_if_modified(|now| {
+            let changed = *now != devices;
+            *now = devices;
+            changed
+        });
+        host::sync_routes(&network, &routes, &self.netlink).await?;
+        Ok(())
+    }
+}
