@@ -12,10 +12,10 @@ pub struct Counts {
 }
 
 /// The line that a test prints, by itself, when it finds that it cannot run here: the reason follows.
-const SKIP: &str = "SKIPPED: ";
+const SKIP: &str = "skipped: ";
 
 /// Counts the tests in the output by the closing line of each binary, since what the tests' own programs print may be
-/// mixed into the lines above it. A test that passed after printing a `SKIPPED: ` line (shown with `--show-output`)
+/// mixed into the lines above it. A test that passed after printing a `skipped: ` line (shown with `--show-output`)
 /// counts as skipped.
 pub fn read(output: &str) -> Counts {
     let mut counts = Counts::default();
@@ -43,6 +43,34 @@ pub fn read(output: &str) -> Counts {
         }
     }
     counts
+}
+
+/// Counts upstream's CSI specs by the lines `csi-sanity NAME: P passed, F failed, S not advertised` that the tests print;
+/// a spec about what the driver does not advertise is named on an indented line that follows.
+pub fn read_sanity(output: &str) -> Counts {
+    let tests = read(output);
+    let mut counts = Counts { failed: tests.failed, skipped: tests.skipped, ..Counts::default() };
+    let mut listing = None;
+    for line in output.lines() {
+        if let Some((name, sum)) = line.strip_prefix("csi-sanity ").and_then(|rest| rest.split_once(": ")) {
+            counts.passed += number_before(sum, " passed");
+            counts.failed += number_before(sum, " failed");
+            listing = Some(name);
+        } else if let (Some(name), Some(spec)) = (listing, line.strip_prefix("  ")) {
+            counts.skipped.push(format!("{name}: {}", spec.trim()));
+        } else {
+            listing = None;
+        }
+    }
+    counts
+}
+
+/// Counts by the line that closes a table of [`crate::report::Report`]; the reasons of what it skipped stand above it.
+pub fn read_closing_line(output: &str) -> Counts {
+    let closing = output.lines().rev().find(|line| line.ends_with(" skipped") && line.contains(" passed, "));
+    let skipped = output.lines().filter_map(|line| line.strip_prefix(SKIP)).map(str::to_owned).collect();
+    let count = |word| closing.map_or(0, |line| number_before(line, word));
+    Counts { passed: count(" passed"), failed: count(" failed"), skipped }
 }
 
 /// The number in front of `word`, zero when there is none.
@@ -74,15 +102,38 @@ test result: ok. 12 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fin
     #[test]
     fn a_test_that_says_it_could_not_run_is_not_passed() {
         let output = "\
-SKIPPED: not a test's own line
+skipped: not a test's own line
 successes:
 ---- e2e stdout ----
-SKIPPED: no containerd
+skipped: no containerd
 
 test result: ok. 2 passed; 0 failed; 0 ignored
 ";
         let counts = read(output);
         assert_eq!((counts.passed, counts.failed), (1, 0));
         assert_eq!(counts.skipped, ["e2e: no containerd"]);
+    }
+
+    #[test]
+    fn specs_of_csi_sanity_count_one_by_one() {
+        let output = "\
+---- mount stdout ----
+csi-sanity mount: 61 passed, 1 failed, 1 not advertised
+  snapshots: not supported
+that is all
+  not a spec
+test result: ok. 1 passed; 0 failed; 0 ignored
+";
+        let counts = read_sanity(output);
+        assert_eq!((counts.passed, counts.failed), (61, 1));
+        assert_eq!(counts.skipped, ["mount: snapshots: not supported"]);
+    }
+
+    #[test]
+    fn another_chore_is_read_by_its_closing_line() {
+        let counts = read_closing_line("suite  passed\nskipped: a: no tcx\n56 passed, 2 failed, 1 skipped\n\n");
+        assert_eq!((counts.passed, counts.failed), (56, 2));
+        assert_eq!(counts.skipped, ["a: no tcx"]);
+        assert_eq!(read_closing_line("nothing"), Counts::default());
     }
 }

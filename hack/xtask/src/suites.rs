@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 
-use crate::libtest;
+use crate::libtest::{self, Counts};
 use crate::report::{Report, Row};
 use crate::runner::{self, Outcome};
 
@@ -16,6 +16,10 @@ enum Judge {
     Status,
     /// `cargo test`: each test is a check.
     Libtest,
+    /// `cargo test` of csi-sanity: each of upstream's specs is a check, as the test sums them up.
+    Sanity,
+    /// Another chore of this program: the closing line of its table.
+    Rows,
 }
 
 /// One suite: a command and what it takes.
@@ -33,6 +37,7 @@ const fn minutes(count: u64) -> Duration {
 }
 
 /// All suites, quick ones first.
+#[rustfmt::skip]
 const SUITES: &[Suite] = &[
     Suite {
         name: "format",
@@ -64,11 +69,41 @@ const SUITES: &[Suite] = &[
     },
     Suite { name: "clippy", command: &["hack/clippy"], judge: Judge::Status, needs: None, limit: minutes(30) },
     Suite {
+        // As root: the tests of the crates that speak to the kernel make namespaces and maps of their own.
         name: "unit and property tests",
-        command: &["cargo", "test", "--locked", "--no-fail-fast", "--package=xtask", "--", "--show-output"],
+        command: &[
+            "cargo", "test", "--locked", "--no-fail-fast", "--package=xtask", "--package=keelway-api",
+            "--package=keelway-agent", "--package=keelway-cli", "--package=keelway-cni", "--package=keelway-csi",
+            "--package=keelway-layout", "--package=keelway-maps", "--package=keelway-netlink",
+            "--package=keelway-policy", "--package=keelway-proxy", "--", "--show-output",
+        ],
         judge: Judge::Libtest,
         needs: None,
         limit: minutes(40),
+    },
+    Suite {
+        name: "csi-sanity",
+        command: &[
+            "cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-csi", "--test=sanity", "--", "--ignored",
+            "--show-output", "--test-threads=1",
+        ],
+        judge: Judge::Sanity,
+        needs: None,
+        limit: minutes(10),
+    },
+    Suite {
+        name: "lab",
+        command: &["cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-lab", "--", "--show-output"],
+        judge: Judge::Libtest,
+        needs: None,
+        limit: minutes(30),
+    },
+    Suite {
+        name: "kernels 6.1 and 6.12",
+        command: &["cargo", "xtask", "kernels"],
+        judge: Judge::Rows,
+        needs: Some(("qemu-system-x86_64", "QEMU is not installed: make setup")),
+        limit: minutes(30),
     },
 ];
 
@@ -114,20 +149,17 @@ impl Suite {
     }
 
     fn judge(&self, outcome: &Outcome) -> Row {
-        match self.judge {
-            Judge::Status => {
-                let passed = usize::from(outcome.success);
-                Row::new(self.name, passed, 1 - passed, Vec::new(), outcome.seconds)
-            }
-            Judge::Libtest => {
-                let mut counts = libtest::read(&outcome.output);
-                // A crate that does not compile, or a test binary that was killed, reports no failed test.
-                if !outcome.success && counts.failed == 0 {
-                    counts.failed = 1;
-                }
-                Row::new(self.name, counts.passed, counts.failed, counts.skipped, outcome.seconds)
-            }
+        let mut counts = match self.judge {
+            Judge::Status => Counts { passed: usize::from(outcome.success), ..Counts::default() },
+            Judge::Libtest => libtest::read(&outcome.output),
+            Judge::Sanity => libtest::read_sanity(&outcome.output),
+            Judge::Rows => libtest::read_closing_line(&outcome.output),
+        };
+        // A crate that does not compile, or a test binary that was killed, reports no failed test.
+        if !outcome.success && counts.failed == 0 {
+            counts.failed = 1;
         }
+        Row::new(self.name, counts.passed, counts.failed, counts.skipped, outcome.seconds)
     }
 }
 
