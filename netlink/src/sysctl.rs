@@ -41,10 +41,10 @@ pub async fn read_in(netns: &Netns, key: impl Into<String>) -> Result<String> {
     netns.run(move || read(&key)).await
 }
 
-/// [`write`] of several keys, in order, in another namespace.
+/// [`write()`] of several keys, in order, in another namespace.
 ///
 /// # Errors
-/// As [`write`] and [`Netns::run`]; the keys before the one that failed are written.
+/// As [`write()`] and [`Netns::run`]; the keys before the one that failed are written.
 pub async fn write_in(netns: &Netns, pairs: Vec<(String, String)>) -> Result<()> {
     netns.run(move || pairs.iter().try_for_each(|(key, value)| write(key, value))).await
 }
