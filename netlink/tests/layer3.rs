@@ -163,7 +163,7 @@ async fn a_missing_privilege_is_named() {
     }
     let ns = Ns::new();
     let out = std::process::Command::new("setpriv")
-        .args(["--bounding-set=-all", "--inh-caps=-all", "--reuid=65534", "--clear-groups"])
+        .args(["--bounding-set=-all", "--inh-caps=-all"])
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", "a_missing_privilege_is_named", "--nocapture"])
         .env("KEELWAY_UNPRIVILEGED", "1")
