@@ -35,7 +35,10 @@ impl Containerd {
         };
         let file = node.dir.join("containerd.toml");
         fs::write(&file, config.replace("@PAUSE@", PAUSE))?;
-        let process = node.spawn("containerd", &[&program.to_string_lossy(), "-c", &file.to_string_lossy()])?;
+        // It finds its shim by the path: each version must find its own.
+        let path = format!("PATH={}:{}", program.parent().unwrap_or(Path::new("/usr/bin")).display(), sh::PATH);
+        let argv = ["env", &path, &program.to_string_lossy(), "-c", &file.to_string_lossy()];
+        let process = node.spawn("containerd", &argv)?;
         let mut this = Self { process, ctr };
         let socket = node.path(SOCKET)?;
         wait_for("containerd", Duration::from_secs(30), || {
@@ -69,9 +72,9 @@ impl Containerd {
         Ok(())
     }
 
-    /// The running program.
-    pub fn process(&mut self) -> &mut Process {
-        &mut self.process
+    /// Lets it run on after this value is gone.
+    pub fn keep(self) {
+        self.process.keep();
     }
 }
 

@@ -56,8 +56,7 @@ pub fn enter(wanted: &Enter) -> Result<i32> {
         setns(file, kind).with_context(|| format!("entering {}", path.display()))?;
     }
     let (program, args) = wanted.command.split_first().context("no command")?;
-    let path = std::env::var("LAB_PATH").map_or(sh::PATH.to_owned(), |first| format!("{first}:{}", sh::PATH));
     let mut command = Command::new(program);
-    let status = command.args(args).env("PATH", path).status().with_context(|| format!("starting {program}"))?;
+    let status = command.args(args).env("PATH", sh::PATH).status().with_context(|| format!("starting {program}"))?;
     Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
 }

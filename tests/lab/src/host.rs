@@ -25,8 +25,6 @@ pub struct Host {
     pub dir: PathBuf,
     /// Its cgroup, below each hierarchy's mount.
     pub cgroup: String,
-    /// Programs in this directory come first on the path of what runs here.
-    pub path_first: Option<PathBuf>,
 }
 
 impl Host {
@@ -53,9 +51,6 @@ impl Host {
             Some(pid) => command.args(["--cgroup", &format!("{}/system", self.cgroup), "--pid1", &pid.to_string()]),
             None => command.args(["--cgroup", &self.cgroup]).arg("--net").arg(self.netns()),
         };
-        if let Some(dir) = &self.path_first {
-            command.env("LAB_PATH", dir);
-        }
         command.arg("--").args(argv.iter().map(AsRef::as_ref));
         Ok(command)
     }

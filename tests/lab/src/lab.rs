@@ -147,7 +147,6 @@ fn host(id: &str, name: &str, number: u8) -> Result<Host> {
         lab: id.to_owned(),
         dir,
         cgroup: format!("{}/{id}/{name}", cgroup::TOP),
-        path_first: None,
     })
 }
 

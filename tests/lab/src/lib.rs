@@ -12,6 +12,7 @@
 pub mod boot;
 pub mod cgroup;
 pub mod clean;
+pub mod cluster;
 pub mod containerd;
 pub mod cri;
 pub mod enter;
@@ -23,6 +24,7 @@ mod node;
 pub mod probe;
 mod process;
 pub mod sh;
+pub mod standalone;
 
 pub use host::Host;
 pub use lab::Lab;

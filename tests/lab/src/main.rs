@@ -2,10 +2,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use keelway_lab::cluster::{self, Cluster, conformance, programs};
 use keelway_lab::enter::Enter;
-use keelway_lab::{Lab, boot, clean, enter};
+use keelway_lab::{Host, Lab, boot, clean, enter};
 
 #[derive(Parser)]
 #[command(about = "A lab of nodes on one machine: for tests, for the demos, and to look around in")]
@@ -28,6 +29,9 @@ enum Command {
         #[arg(long, default_value = "lab")]
         id: String,
     },
+    /// A real Kubernetes in the lab.
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
     /// Remove what a crashed run left behind (with --all, running labs too).
     Clean {
         /// Remove every lab, also those in use.
@@ -42,6 +46,51 @@ enum Command {
     NodePid1 { spec: PathBuf },
     #[command(hide = true)]
     Enter(Enter),
+}
+
+#[derive(Subcommand)]
+enum ClusterCommand {
+    /// Build the cluster's programs into the cache (with --suite, upstream's end-to-end suite too).
+    Build {
+        /// Also e2e.test and agnhost.
+        #[arg(long)]
+        suite: bool,
+    },
+    /// Bring a cluster up and leave it.
+    Up {
+        /// How many nodes.
+        #[arg(default_value_t = 2)]
+        nodes: u8,
+    },
+    /// Run kubectl as the administrator.
+    #[command(trailing_var_arg = true)]
+    Kubectl {
+        /// Its arguments.
+        #[arg(allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Run a program on a machine: node1, node2, ..., cp, outside.
+    #[command(trailing_var_arg = true)]
+    Exec {
+        /// The machine.
+        host: String,
+        /// The program and its arguments.
+        #[arg(required = true, allow_hyphen_values = true)]
+        argv: Vec<String>,
+    },
+    /// Import an image archive on every node.
+    Load {
+        /// The archives.
+        archives: Vec<PathBuf>,
+    },
+    /// Run upstream's suite: the network's conformance specs, or those that match.
+    Conformance {
+        /// A regular expression.
+        #[arg(default_value = conformance::NETWORK)]
+        focus: String,
+    },
+    /// Remove the cluster.
+    Down,
 }
 
 fn main() -> ExitCode {
@@ -65,6 +114,7 @@ fn run(command: Command) -> Result<i32> {
                 std::thread::park();
             }
         }
+        Command::Cluster(command) => return cluster(command),
         Command::Clean { all } => {
             for id in clean::leftovers(all)? {
                 clean::remove(&id)?;
@@ -75,6 +125,47 @@ fn run(command: Command) -> Result<i32> {
         Command::NodeInit { spec } => return boot::init(&spec),
         Command::NodePid1 { spec } => boot::pid1(&spec)?,
         Command::Enter(wanted) => return enter::enter(&wanted),
+    }
+    Ok(0)
+}
+
+fn cluster(command: ClusterCommand) -> Result<i32> {
+    match command {
+        ClusterCommand::Build { suite } => {
+            programs::build(programs::CLUSTER)?;
+            programs::build(if suite { programs::SUITE } else { &[] })?;
+        }
+        ClusterCommand::Up { nodes } => {
+            let cluster = Cluster::up(cluster::ID, nodes)?;
+            print!("{}", cluster.kubectl(&["get", "nodes", "-o", "wide"])?);
+            cluster.lab.keep()?;
+        }
+        ClusterCommand::Kubectl { args } => {
+            let cluster = Cluster::open(cluster::ID)?;
+            let args: Vec<&str> = args.iter().map(String::as_str).collect();
+            let status = cluster.control_plane.command(&cluster.kubectl_argv(&args))?.status()?;
+            return Ok(status.code().unwrap_or(1));
+        }
+        ClusterCommand::Exec { host, argv } => {
+            let cluster = Cluster::open(cluster::ID)?;
+            let nodes = cluster.lab.nodes().iter().map(|node| -> &Host { node });
+            let mut all = nodes.chain([&cluster.control_plane, &cluster.lab.outside]);
+            let host = all.find(|one| one.name == host).with_context(|| format!("no machine `{host}`"))?;
+            return Ok(host.command(&argv)?.status()?.code().unwrap_or(1));
+        }
+        ClusterCommand::Load { archives } => {
+            let cluster = Cluster::open(cluster::ID)?;
+            for archive in archives {
+                cluster.import(&archive.canonicalize()?)?;
+            }
+        }
+        ClusterCommand::Conformance { focus } => {
+            let outcome = conformance::run(&Cluster::open(cluster::ID)?, &focus)?;
+            let name = if focus == conformance::NETWORK { "conformance-network" } else { "conformance" };
+            let all = conformance::report(name, &format!("keelway-lab cluster conformance '{focus}'"), &outcome)?;
+            return Ok(i32::from(!all));
+        }
+        ClusterCommand::Down => clean::remove(cluster::ID)?,
     }
     Ok(0)
 }

@@ -1,0 +1,77 @@
+//! Images of a cluster, made from local programs under the names that manifests and upstream's suite ask for.
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::containerd::basic_images;
+use crate::image::Image;
+use crate::sh;
+
+/// CoreDNS.
+pub const COREDNS: &str = "registry.k8s.io/coredns/coredns:v1.15.0";
+const BUSYBOX: &str = "registry.k8s.io/e2e-test-images/busybox:1.37.0-1";
+const DNS_TESTING: &str = "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.0.0";
+const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.63.0";
+
+/// Writes an archive for each image whose programs are there: those of [`basic_images`], CoreDNS, the CSI sidecars
+/// and, with the suite's agnhost built, what the suite asks for.
+pub fn write(bin: &Path, dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut archives = basic_images(dir)?;
+    let mut add = |name: &str, image: Image| -> Result<()> {
+        let path = dir.join(format!("{name}.tar"));
+        image.write(&path)?;
+        archives.push(path);
+        Ok(())
+    };
+    if bin.join("coredns").exists() {
+        add("coredns", Image::new(COREDNS, &["/coredns"]).file(&bin.join("coredns"), "/coredns")?)?;
+    }
+    if bin.join("agnhost").exists() {
+        add("busybox", tools(Image::new(BUSYBOX, &["/bin/sh"]))?)?;
+        add("glibc-dns-testing", tools(Image::new(DNS_TESTING, &["/bin/sh"]))?)?;
+        // agnhost serves TLS with a key pair that it expects in its working directory.
+        let (key, certificate) = (dir.join("localhost.key"), dir.join("localhost.crt"));
+        let (key_path, certificate_path) = (key.to_string_lossy(), certificate.to_string_lossy());
+        sh::run(&[
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "3650",
+            "-subj",
+            "/CN=localhost",
+            "-keyout",
+            &key_path,
+            "-out",
+            &certificate_path,
+        ])?;
+        let image = tools(Image::new(AGNHOST, &["/agnhost"]))?.file(&bin.join("agnhost"), "/agnhost")?;
+        let image = image
+            .text("/localhost.key", &fs::read_to_string(&key)?)
+            .text("/localhost.crt", &fs::read_to_string(&certificate)?);
+        add("agnhost", image)?;
+    }
+    for name in ["csi-provisioner", "csi-resizer", "csi-snapshotter", "snapshot-controller", "csi-attacher"] {
+        if bin.join(name).exists() {
+            let reference = format!("keelway.local/{name}:lab");
+            add(name, Image::new(&reference, &[&format!("/{name}")]).file(&bin.join(name), &format!("/{name}"))?)?;
+        }
+    }
+    Ok(archives)
+}
+
+/// What the suite's scripts run in its images.
+fn tools(image: Image) -> Result<Image> {
+    // busybox's own shell would run its own nc whatever stands in /bin.
+    let image = image
+        .busybox(&["sh", "ash", "nc"])?
+        .file(&sh::system("dash")?, "/bin/sh")?
+        .file(&sh::system("nc.openbsd")?, "/bin/nc")?;
+    ["curl", "dig", "socat", "getent"]
+        .iter()
+        .try_fold(image, |image, name| image.file(&sh::system(name)?, &format!("/usr/bin/{name}")))
+}

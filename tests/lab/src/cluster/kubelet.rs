@@ -1,0 +1,62 @@
+//! containerd and the kubelet on a node. No network plugin and no service proxy: bringing those is the point.
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::control_plane::{Arguments, DNS};
+use super::pki::Pki;
+use crate::containerd::Containerd;
+use crate::node::Node;
+
+/// Starts containerd, imports the images if they are not on the node's disk yet, and starts the kubelet.
+pub fn start(node: &Node, bin: &Path, pki: &Pki, server: &str, images: &[PathBuf]) -> Result<()> {
+    let name = &node.name;
+    let containerd = Containerd::start(node, Some(bin))?;
+    let imported = node.dir.join("imported");
+    if !imported.exists() {
+        containerd.import(node, images)?;
+        fs::write(imported, "")?;
+    }
+    containerd.keep();
+
+    pki.sign(
+        name,
+        &format!("/O=system:nodes/CN=system:node:{name}"),
+        &format!("DNS:{name},IP:{},IP:{}", node.v4, node.v6),
+    )?;
+    let kubeconfig = pki.kubeconfig(name, server)?;
+    let config = json!({
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "authentication": {
+            "anonymous": {"enabled": false},
+            "webhook": {"enabled": true},
+            "x509": {"clientCAFile": pki.certificate("ca")},
+        },
+        "authorization": {"mode": "Webhook"},
+        "tlsCertFile": pki.certificate(name),
+        "tlsPrivateKeyFile": pki.key(name),
+        // The machine below may have v1 controllers beside its v2 tree, and swap.
+        "failCgroupV1": false,
+        "failSwapOn": false,
+        "cgroupDriver": "cgroupfs",
+        "enforceNodeAllocatable": [],
+        "clusterDomain": "cluster.local",
+        "clusterDNS": [DNS],
+        "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
+        // All nodes share one disk, whose fill is not theirs to act on.
+        "evictionHard": {"nodefs.available": "0%", "imagefs.available": "0%"},
+        "imageGCHighThresholdPercent": 100,
+        "serializeImagePulls": false,
+        "maxPods": 250,
+    });
+    let file = node.dir.join("kubelet.json");
+    fs::write(&file, serde_json::to_vec_pretty(&config)?)?;
+    let mut kubelet = Arguments::new(bin.join("kubelet").to_string_lossy().into_owned());
+    kubelet.add("config", &file.to_string_lossy()).add("kubeconfig", &kubeconfig.to_string_lossy());
+    kubelet.add("hostname-override", name).add("node-ip", &format!("{},{}", node.v4, node.v6));
+    node.spawn("kubelet", &kubelet.0)?.keep();
+    Ok(())
+}
