@@ -93,7 +93,7 @@ impl AttachmentService {
         engine: EngineHandle,
         host: Netlink,
         network: watch::Receiver<Option<HostNetwork>>,
-        book: Book<Journal>,
+        book: Option<Book<Journal>>,
         state_dir: &Path,
         warm_until: Option<Instant>,
     ) -> Self {
@@ -101,7 +101,7 @@ impl AttachmentService {
             engine,
             host,
             network,
-            book: Arc::new(Mutex::new(Some(book))),
+            book: Arc::new(Mutex::new(book)),
             leases: leases_path(state_dir),
             locks: Arc::default(),
             pending: state_dir.join("cni-del"),
@@ -134,7 +134,12 @@ impl AttachmentService {
             tracing::error!(%error, "a DEL that waits cannot be read");
         }
         for entry in entries {
-            match self.delete(&entry.key).await {
+            let _guard = self.lock(&entry.key).await;
+            // The plugin strikes an entry off before it asks for a new ADD of the same name.
+            if !pending::waits(&self.pending, &entry.network, &entry.key) {
+                continue;
+            }
+            match self.delete_locked(&entry.key).await {
                 Ok(()) => {
                     if let Err(error) = pending::remove(&self.pending, &entry.network, &entry.key) {
                         tracing::error!(%error, "a DEL that is done cannot be struck off");
@@ -222,6 +227,9 @@ impl AttachmentService {
 
     async fn attach(&self, lease: &Lease, network: &HostNetwork, netns: &Netns) -> Result<Plan, Status> {
         let plan = Plan::new(lease, &network.devices.host_addresses);
+        if self.is_whole(&plan, lease, netns).await {
+            return Ok(plan);
+        }
         let prepared = self.engine.ask(|reply| Command::Prepare { lease: lease.clone(), reply }).await;
         prepared.ok_or_else(engine_gone)?.map_err(|error| engine_error(&error))?;
         let engine = self.engine.clone();
@@ -242,6 +250,13 @@ impl AttachmentService {
         .await
         .map_err(|error| apply_error(&error))?;
         Ok(plan)
+    }
+
+    /// Whether the attachment is there already, as it should be: a repeated ADD then changes nothing.
+    async fn is_whole(&self, plan: &Plan, lease: &Lease, netns: &Netns) -> bool {
+        let missing = self.engine.ask(|reply| Command::Verify { key: lease.key.clone(), reply }).await;
+        missing.is_some_and(|missing| missing.is_empty())
+            && verify(plan, &self.host, netns).await.is_ok_and(|differences| differences.is_empty())
     }
 
     async fn delete(&self, key: &LeaseKey) -> Result<(), Status> {

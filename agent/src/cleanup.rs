@@ -6,24 +6,21 @@ use std::path::Path;
 use anyhow::Context as _;
 use ipnet::IpNet;
 use keelway_cni::install::{BINARY_FILE, CONFLIST_FILE};
-use keelway_cni::ipam::journal::Journal;
-use keelway_cni::ipam::{Book, Pool};
+use keelway_cni::ipam::Pool;
 use keelway_cni::plan::HOST_PREFIX;
 use keelway_netlink::{Handle, PROTOCOL_KEELWAY, RouteFilter};
 
-use crate::attachments::leases_path;
 use crate::config::Config;
 use crate::host::{CIDRS_FILE, VXLAN_DEVICE, remembered_cidrs};
+use crate::run::lock;
 
 /// Removes what there is and says what that was.
 ///
 /// # Errors
 /// The first thing that could not be removed; what went before is gone.
 pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
-    // Opening the leases also keeps us from pulling the floor from under a running agent.
-    let book =
-        Book::open(Journal::open(leases_path(&config.state_dir))?, &[]).context("is the agent still running?")?;
-    let leases = book.pool().leases().count();
+    std::fs::create_dir_all(&config.state_dir).with_context(|| config.state_dir.display().to_string())?;
+    let _lock = lock(config)?;
     let host = Handle::open()?;
     let mut routes = 0;
     for route in host.routes(RouteFilter { protocol: Some(PROTOCOL_KEELWAY), ..RouteFilter::default() }).await? {
@@ -47,7 +44,7 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
     }
     let pins = keelway_maps::cleanup(&config.bpffs)?.len();
     let files = remove_files(config)?;
-    println!("removed {pins} pins, {links} devices, {routes} routes, {leases} leases, {files} files");
+    println!("removed {pins} pins, {links} devices, {routes} routes, {files} files");
     Ok(())
 }
 

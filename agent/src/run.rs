@@ -21,6 +21,8 @@ use keelway_cni::ipam::journal::Journal;
 use keelway_layout::LAYOUT_VERSION;
 use keelway_maps::Datapath;
 use keelway_netlink::Handle as Netlink;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -47,8 +49,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     for dir in [&config.state_dir, &config.run_dir] {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     }
-    let book = Book::open(Journal::open(leases_path(&config.state_dir))?, &[])?;
-    let leases = book.pool().leases().cloned().collect();
+    let _lock = lock(&config)?;
+    let cidrs = host::remembered_cidrs(&config.state_dir)?;
+    // Without CIDRs from an earlier run there is nothing that could have been leased.
+    let book = match cidrs.is_empty() {
+        true => None,
+        false => Some(Book::open(Journal::open(leases_path(&config.state_dir))?, &cidrs)?),
+    };
+    let leases = book.iter().flat_map(|book| book.pool().leases().cloned()).collect();
     let datapath = Datapath::open(&config.bpffs)?;
     let was_synced = datapath.tables.state()?.generation > 0;
 
@@ -113,6 +121,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Keeps a second agent from this node's state.
+///
+/// # Errors
+/// That one runs, or that the lock cannot be made.
+pub fn lock(config: &Config) -> anyhow::Result<Flock<std::fs::File>> {
+    let path = config.state_dir.join("agent.lock");
+    let file = std::fs::File::create(&path).with_context(|| path.display().to_string())?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        Errno::EWOULDBLOCK => anyhow::anyhow!("{}: another keelway-agent runs on this node", path.display()),
+        errno => anyhow::anyhow!("{}: {errno}", path.display()),
+    })
+}
+
 /// Starts the source's task; answers whether namespaces without objects are taken as given.
 async fn start_source(config: &Config, events: mpsc::Sender<Event>, status: Status) -> anyhow::Result<bool> {
     fn spawn(source: impl Source, events: mpsc::Sender<Event>, status: Status) {
@@ -166,7 +187,7 @@ async fn serve_http(
     Ok(())
 }
 
-/// Binds the socket in place of a dead one. A living one is kept from us by the lock on the leases.
+/// Binds the socket in place of a dead one. A living one is kept from us by [`lock`].
 fn serve_api(config: &Config, attachments: AttachmentService, inspect: InspectService) -> anyhow::Result<()> {
     let path = config.socket();
     // Bound under another name and moved over, so that there is never a moment without a socket, nor one with wide permissions.
