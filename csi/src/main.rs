@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
+use keelway_csi::LOCAL_DRIVER;
 use keelway_csi::csi::controller_server::ControllerServer;
 use keelway_csi::csi::identity_server::IdentityServer;
 use keelway_csi::csi::node_server::NodeServer;
@@ -14,7 +15,6 @@ use keelway_csi::ops::Volumes;
 use keelway_csi::registration::registration_server::RegistrationServer;
 use keelway_csi::server::{Socket, socket_path};
 use keelway_csi::service::{ControllerService, IdentityService, NodeService, RegistrationService, Shared};
-use keelway_csi::LOCAL_DRIVER;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 use tonic::transport::Server;
@@ -95,7 +95,9 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         _ => rustix::system::uname().nodename().to_str().context("the host's name is no UTF-8")?.to_owned(),
     };
     let endpoint = socket_path(&flags.endpoint)?;
-    for (flag, path) in [("--state-dir", &flags.state_dir), ("--pool-dir", &flags.pool_dir), ("--kubelet-dir", &flags.kubelet_dir)] {
+    for (flag, path) in
+        [("--state-dir", &flags.state_dir), ("--pool-dir", &flags.pool_dir), ("--kubelet-dir", &flags.kubelet_dir)]
+    {
         anyhow::ensure!(path.is_absolute(), "{flag}: {} is not an absolute path", path.display());
     }
 
@@ -120,7 +122,9 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     let mut socket = Socket::listen(&endpoint)?;
     let server = Server::builder()
         .add_service(IdentityServer::new(IdentityService { controller: serves(Mode::Controller) }))
-        .add_optional_service(serves(Mode::Controller).then(|| ControllerServer::new(ControllerService(shared.clone()))))
+        .add_optional_service(
+            serves(Mode::Controller).then(|| ControllerServer::new(ControllerService(shared.clone()))),
+        )
         .add_optional_service(serves(Mode::Node).then(|| NodeServer::new(NodeService(shared.clone()))))
         .serve_with_incoming_shutdown(socket.incoming(), stopped(stopping.clone()));
     let mut server = tokio::spawn(server);

@@ -28,7 +28,11 @@ impl Socket {
         if let Ok(meta) = std::fs::symlink_metadata(path) {
             let taken = |found: &str| {
                 let what = path.display().to_string();
-                Err(Error::State { what, expected: "no name yet, or a socket without a listener".into(), found: found.into() })
+                Err(Error::State {
+                    what,
+                    expected: "no name yet, or a socket without a listener".into(),
+                    found: found.into(),
+                })
             };
             if !meta.file_type().is_socket() {
                 return taken("something that is no socket");
@@ -82,7 +86,9 @@ mod tests {
     #[test]
     fn endpoints() {
         assert_eq!(socket_path("unix:///run/csi.sock").unwrap(), Path::new("/run/csi.sock"));
-        for bad in ["", "/run/csi.sock", "unix://run/csi.sock", "tcp://1.2.3.4:1", &format!("unix:///{}", "a".repeat(107))] {
+        for bad in
+            ["", "/run/csi.sock", "unix://run/csi.sock", "tcp://1.2.3.4:1", &format!("unix:///{}", "a".repeat(107))]
+        {
             assert!(socket_path(bad).is_err(), "{bad}");
         }
     }

@@ -46,8 +46,14 @@ fn ours() -> BTreeSet<String> {
         file.enum_type.iter().for_each(|item| add_enum(&mut lines, file.package(), item));
         for service in &file.service {
             for method in &service.method {
-                let (input, output) = (method.input_type().trim_start_matches('.'), method.output_type().trim_start_matches('.'));
-                lines.insert(format!("rpc {}.{}/{} {input} -> {output}", file.package(), service.name(), method.name()));
+                let (input, output) =
+                    (method.input_type().trim_start_matches('.'), method.output_type().trim_start_matches('.'));
+                lines.insert(format!(
+                    "rpc {}.{}/{} {input} -> {output}",
+                    file.package(),
+                    service.name(),
+                    method.name()
+                ));
             }
         }
     }
@@ -112,7 +118,9 @@ fn what_we_define_we_define_whole() {
             // A member belongs to what its name says up to the last dot.
             let member = line.split_once(' ').filter(|(kind, _)| ["field", "value"].contains(kind));
             let owner = member.and_then(|(_, rest)| rest.split(' ').next()?.rsplit_once('.')).map(|(owner, _)| owner);
-            owner.is_some_and(|owner| ours.contains(&format!("message {owner}")) || ours.contains(&format!("enum {owner}")))
+            owner.is_some_and(|owner| {
+                ours.contains(&format!("message {owner}")) || ours.contains(&format!("enum {owner}"))
+            })
         })
         .collect();
     assert!(missing.is_empty(), "we lack {missing:#?}");

@@ -5,6 +5,7 @@
 //! the record (inode, nonce, size) before it is used.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -39,7 +40,8 @@ impl Images {
     }
 
     fn verified(&self, record: &Record) -> Result<File> {
-        let damaged = |what, expected: String, found: String| Error::Damaged { id: record.id.clone(), what, expected, found };
+        let damaged =
+            |what, expected: String, found: String| Error::Damaged { id: record.id.clone(), what, expected, found };
         let file = self.0.open_file(&name(&record.id))?;
         let file = file.ok_or_else(|| damaged("image", name(&record.id), "no such file in the pool".into()))?;
         let meta = file.metadata().context(|| format!("stat the image of {}", record.id))?;
@@ -120,10 +122,10 @@ impl Backend for Images {
             let (expected, found) = ("the record's".into(), "another one, or none".into());
             return Err(Error::Damaged { id: id.clone(), what: "nonce", expected, found });
         }
-        lock(&file, id)?;
         if let Some(device) = find(&file)? {
             return Err(Error::InUse { id: id.clone(), by: format!("{} is attached to it", device.path().display()) });
         }
+        lock(&file, id)?;
         self.0.unlink(&name(id))?;
         Ok(true)
     }
@@ -181,7 +183,13 @@ impl LockedImage {
         // One that is bound already must be used: two devices on one image would each have a cache of its own.
         match find(&self.file)? {
             Some(device) => Ok(device),
-            None => LoopDevice::bind(&self.file, Binding { read_only, autoclear }),
+            None => {
+                // Opened once more, since the device keeps what it is given, and would keep the lock with it.
+                let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                let file = File::options().read(true).write(true).open(path);
+                let file = file.context(|| format!("open the image of {} again", self.record.id))?;
+                LoopDevice::bind(&file, Binding { read_only, autoclear })
+            }
         }
     }
 }
@@ -189,7 +197,8 @@ impl LockedImage {
 impl Locked for LockedImage {
     fn wipe(&mut self) -> Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, flags, 0, self.record.size).context(|| format!("wipe the image of {}", self.record.id))?;
+        fallocate(&self.file, flags, 0, self.record.size)
+            .context(|| format!("wipe the image of {}", self.record.id))?;
         allocate(&self.file, self.record.size, self.record.parameters.allocation)?;
         self.file.sync_all().context(|| format!("sync the image of {}", self.record.id))
     }

@@ -5,8 +5,8 @@ mod mount_options;
 mod parameters;
 mod record;
 
-pub(crate) use id::{hex, printable};
 pub use id::{Nonce, VolumeId};
+pub(crate) use id::{hex, printable};
 pub use mount_options::MountOptions;
 pub use parameters::{Allocation, Parameters};
 pub use record::{Content, FsType, Record, State};

@@ -104,7 +104,17 @@ mod tests {
 
     #[test]
     fn what_could_reach_beyond_the_volume_is_refused() {
-        for option in ["bind", "remount", "dev", "context=x", "errors=panic", "commit=0", "data=writeback", "sb=1", "source=/dev/sda"] {
+        for option in [
+            "bind",
+            "remount",
+            "dev",
+            "context=x",
+            "errors=panic",
+            "commit=0",
+            "data=writeback",
+            "sb=1",
+            "source=/dev/sda",
+        ] {
             let error = parse(&[option], FsType::Ext4).unwrap_err();
             assert!(error.to_string().contains(option), "{error}");
         }

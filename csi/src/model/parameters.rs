@@ -106,7 +106,9 @@ mod tests {
 
     #[test]
     fn a_bad_value_is_named_with_what_would_be_right() {
-        for (key, value) in [("allocation", "thick"), ("backend", "lvm"), ("bytesPerInode", "1023"), ("bytesPerInode", "-1")] {
+        for (key, value) in
+            [("allocation", "thick"), ("backend", "lvm"), ("bytesPerInode", "1023"), ("bytesPerInode", "-1")]
+        {
             let text = parse(&[(key, value)], EXT4).unwrap_err().to_string();
             assert!(text.contains(key) && text.contains(value), "{text}");
         }

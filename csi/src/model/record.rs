@@ -161,7 +161,16 @@ mod tests {
     fn record() -> Record {
         let id = VolumeId::new([1; 16]);
         let parameters = Parameters::default();
-        Record::blank(3, id, "pvc-1".into(), 1 << 30, Content::Filesystem(FsType::Xfs), parameters, 12, Nonce::new([2; 16]))
+        Record::blank(
+            3,
+            id,
+            "pvc-1".into(),
+            1 << 30,
+            Content::Filesystem(FsType::Xfs),
+            parameters,
+            12,
+            Nonce::new([2; 16]),
+        )
     }
 
     #[test]

@@ -44,7 +44,9 @@ impl Volumes {
                 report.left.push(error.to_string());
             } else if record.state() == State::Formatting {
                 match self.backend.lock(record) {
-                    Ok(_) => report.healed.push(format!("volume {}: its mkfs was cut short; it begins anew", record.id)),
+                    Ok(_) => {
+                        report.healed.push(format!("volume {}: its mkfs was cut short; it begins anew", record.id))
+                    }
                     Err(Error::Busy { .. }) => report.left.push(format!("volume {}: its mkfs still runs", record.id)),
                     Err(error) => report.left.push(error.to_string()),
                 }

@@ -1,10 +1,10 @@
 //! Requests of the controller service.
 
 use super::{MAX_STRING, Usage, known_id, required, string};
+use crate::TOPOLOGY_KEY;
 use crate::csi;
 use crate::error::{Error, Result};
 use crate::model::{Content, GRAIN, Parameters, VolumeId};
-use crate::TOPOLOGY_KEY;
 
 /// The size of a volume when nobody asks for one.
 const DEFAULT_SIZE: u64 = 1 << 30;
@@ -89,7 +89,8 @@ fn size(least: u64, most: Option<u64>, content: Content) -> Result<u64> {
 }
 
 fn reachable(wanted: &csi::TopologyRequirement, node: &str) -> Result<()> {
-    let ours = |topology: &csi::Topology| topology.segments.iter().all(|(key, value)| key == TOPOLOGY_KEY && value == node);
+    let ours =
+        |topology: &csi::Topology| topology.segments.iter().all(|(key, value)| key == TOPOLOGY_KEY && value == node);
     // Preferred is a subset of requisite where both are given.
     let listed = if wanted.requisite.is_empty() { &wanted.preferred } else { &wanted.requisite };
     if listed.is_empty() || listed.iter().any(ours) {
@@ -118,9 +119,10 @@ impl Capacity {
             capabilities => Some(Usage::parse_all(capabilities)?),
         };
         Parameters::parse(&request.parameters, content.unwrap_or(Content::Filesystem(crate::model::FsType::Ext4)))?;
-        let here = request.accessible_topology.as_ref().is_none_or(|topology| {
-            topology.segments.iter().all(|(key, value)| key == TOPOLOGY_KEY && value == node)
-        });
+        let here = request
+            .accessible_topology
+            .as_ref()
+            .is_none_or(|topology| topology.segments.iter().all(|(key, value)| key == TOPOLOGY_KEY && value == node));
         Ok(Self { content, here })
     }
 }
@@ -261,7 +263,8 @@ mod tests {
     fn what_is_not_served_is_refused() {
         let source = csi::CreateVolumeRequest { volume_content_source: Some(Default::default()), ..request(0, 0) };
         assert!(Create::parse(source, "n").is_err());
-        let modify = csi::CreateVolumeRequest { mutable_parameters: [("a".into(), "b".into())].into(), ..request(0, 0) };
+        let modify =
+            csi::CreateVolumeRequest { mutable_parameters: [("a".into(), "b".into())].into(), ..request(0, 0) };
         assert!(Create::parse(modify, "n").is_err());
         let name = csi::CreateVolumeRequest { name: "a".repeat(129), ..request(0, 0) };
         assert!(Create::parse(name, "n").is_err());

@@ -176,9 +176,18 @@ mod tests {
     fn what_is_missing_comes_before_what_is_unknown() {
         let unknown = |request| csi::NodePublishVolumeRequest { volume_id: "fake-vol-id".into(), ..request };
         assert_eq!(code(unknown(publish())), Code::NotFound);
-        assert_eq!(code(unknown(csi::NodePublishVolumeRequest { target_path: String::new(), ..publish() })), Code::InvalidArgument);
-        assert_eq!(code(unknown(csi::NodePublishVolumeRequest { volume_capability: None, ..publish() })), Code::InvalidArgument);
-        assert_eq!(code(csi::NodePublishVolumeRequest { volume_id: String::new(), ..publish() }), Code::InvalidArgument);
+        assert_eq!(
+            code(unknown(csi::NodePublishVolumeRequest { target_path: String::new(), ..publish() })),
+            Code::InvalidArgument
+        );
+        assert_eq!(
+            code(unknown(csi::NodePublishVolumeRequest { volume_capability: None, ..publish() })),
+            Code::InvalidArgument
+        );
+        assert_eq!(
+            code(csi::NodePublishVolumeRequest { volume_id: String::new(), ..publish() }),
+            Code::InvalidArgument
+        );
         let same = csi::NodePublishVolumeRequest { target_path: format!("{ROOT}//stage"), ..publish() };
         assert_eq!(code(same), Code::InvalidArgument);
     }
@@ -186,7 +195,11 @@ mod tests {
     #[test]
     fn ids_that_try_to_be_paths_are_not_found() {
         for id in ["../../etc/passwd", "..", "/", "kwl-../../../../../../../../../../../../-00000000"] {
-            assert_eq!(code(csi::NodePublishVolumeRequest { volume_id: id.into(), ..publish() }), Code::NotFound, "{id}");
+            assert_eq!(
+                code(csi::NodePublishVolumeRequest { volume_id: id.into(), ..publish() }),
+                Code::NotFound,
+                "{id}"
+            );
         }
     }
 

@@ -33,14 +33,20 @@ impl ControllerService {
 
 #[tonic::async_trait]
 impl Controller for ControllerService {
-    async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Result<Response<CreateVolumeResponse>, Status> {
+    async fn create_volume(
+        &self,
+        request: Request<CreateVolumeRequest>,
+    ) -> Result<Response<CreateVolumeResponse>, Status> {
         let create = request::Create::parse(request.into_inner(), &self.0.node).map_err(refuse)?;
         let guard = self.0.enter("name", &create.name).map_err(refuse)?;
         let record = self.0.run(Some(guard), move |volumes| volumes.create(create)).await?;
         Ok(Response::new(CreateVolumeResponse { volume: Some(self.volume(record)) }))
     }
 
-    async fn delete_volume(&self, request: Request<DeleteVolumeRequest>) -> Result<Response<DeleteVolumeResponse>, Status> {
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<DeleteVolumeResponse>, Status> {
         let id = request.into_inner().volume_id;
         if id.is_empty() {
             return Err(refuse(Error::Missing { field: "volume_id" }));
@@ -63,7 +69,9 @@ impl Controller for ControllerService {
         let message = match (asked.content, asked.parameters) {
             (Err(why), _) | (_, Err(why)) => why,
             (Ok(content), _) if content != record.content => format!("the volume is {}", record.content),
-            (_, Ok(Some(parameters))) if parameters != record.parameters => "parameters differ from the volume's".into(),
+            (_, Ok(Some(parameters))) if parameters != record.parameters => {
+                "parameters differ from the volume's".into()
+            }
             _ if !asked.context_matches => "volume_context and mutable_parameters of this driver are empty".into(),
             _ => String::new(),
         };
@@ -76,7 +84,10 @@ impl Controller for ControllerService {
         Ok(Response::new(ValidateVolumeCapabilitiesResponse { confirmed, message }))
     }
 
-    async fn list_volumes(&self, request: Request<ListVolumesRequest>) -> Result<Response<ListVolumesResponse>, Status> {
+    async fn list_volumes(
+        &self,
+        request: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesResponse>, Status> {
         let list = request::List::parse(&request.into_inner()).map_err(refuse)?;
         let (page, token) = self.0.volumes.list(list);
         let entry = |record| list_volumes_response::Entry { volume: Some(self.volume(record)), status: None };
@@ -84,7 +95,10 @@ impl Controller for ControllerService {
         Ok(Response::new(ListVolumesResponse { entries, next_token: token.unwrap_or_default() }))
     }
 
-    async fn get_capacity(&self, request: Request<GetCapacityRequest>) -> Result<Response<GetCapacityResponse>, Status> {
+    async fn get_capacity(
+        &self,
+        request: Request<GetCapacityRequest>,
+    ) -> Result<Response<GetCapacityResponse>, Status> {
         let asked = request::Capacity::parse(&request.into_inner(), &self.0.node).map_err(refuse)?;
         let available = match asked.here {
             true => self.0.run(None, |volumes| volumes.available()).await? / GRAIN * GRAIN,

@@ -19,7 +19,10 @@ pub struct IdentityService {
 
 #[tonic::async_trait]
 impl Identity for IdentityService {
-    async fn get_plugin_info(&self, _: Request<GetPluginInfoRequest>) -> Result<Response<GetPluginInfoResponse>, Status> {
+    async fn get_plugin_info(
+        &self,
+        _: Request<GetPluginInfoRequest>,
+    ) -> Result<Response<GetPluginInfoResponse>, Status> {
         Ok(Response::new(GetPluginInfoResponse {
             name: LOCAL_DRIVER.into(),
             vendor_version: env!("CARGO_PKG_VERSION").into(),
@@ -35,7 +38,8 @@ impl Identity for IdentityService {
         if self.controller {
             types.push(service::Type::ControllerService);
         }
-        let capability = |kind: service::Type| PluginCapability { r#type: Some(Type::Service(Service { r#type: kind as i32 })) };
+        let capability =
+            |kind: service::Type| PluginCapability { r#type: Some(Type::Service(Service { r#type: kind as i32 })) };
         let capabilities = types.into_iter().map(capability).collect();
         Ok(Response::new(GetPluginCapabilitiesResponse { capabilities }))
     }

@@ -91,7 +91,8 @@ impl Node for NodeService {
         _: Request<NodeGetCapabilitiesRequest>,
     ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
         use rpc::Type::{GetVolumeStats, SingleNodeMultiWriter, StageUnstageVolume};
-        let capability = |kind: rpc::Type| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind as i32 })) };
+        let capability =
+            |kind: rpc::Type| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind as i32 })) };
         let capabilities = [StageUnstageVolume, GetVolumeStats, SingleNodeMultiWriter].map(capability).into();
         Ok(Response::new(NodeGetCapabilitiesResponse { capabilities }))
     }

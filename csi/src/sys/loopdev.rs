@@ -115,14 +115,22 @@ impl LoopDevice {
         // Another process may bind the free device first; then there is another free one.
         for _ in 0..64 {
             // SAFETY: takes no argument and writes no memory of ours.
-            let number = unsafe { raw::loop_ctl_get_free(control.as_raw_fd()) }.context(|| "find a free loop device")?;
+            let number =
+                unsafe { raw::loop_ctl_get_free(control.as_raw_fd()) }.context(|| "find a free loop device")?;
             let number = number.unsigned_abs();
             let file = open(number, true)?;
             let fd = backing.as_raw_fd().unsigned_abs();
             let config = LoopConfig { fd, block_size: 0, info: LoopInfo { flags, ..NO_INFO }, reserved: [0; 8] };
             // SAFETY: `config` is the struct that this request reads, and outlives the call.
             match unsafe { raw::loop_configure(file.as_raw_fd(), &config) } {
-                Ok(_) => return Self::named(number, file),
+                Ok(_) => {
+                    let device = Self::named(number, file)?;
+                    // Whoever had the device before may have left it read-only; binding does not change that.
+                    if !binding.read_only && device.read_only()? {
+                        device.set_read_only(false)?;
+                    }
+                    return Ok(device);
+                }
                 Err(nix::Error::EBUSY) => {}
                 Err(error) => return Err(Error::io(format!("bind {}", path(number).display()), error)),
             }
@@ -200,6 +208,10 @@ impl LoopDevice {
     /// [`Error::Io`]. `Ok(false)` when it is still bound after `wait`.
     pub fn unbind(self, wait: Duration) -> Result<bool> {
         let info = status(&self.file).context(|| format!("look at {}", self.path().display()))?;
+        // It would stay read-only for the next file that anyone binds to it.
+        if self.read_only()? && !info.is_some_and(|info| info.flags & LO_FLAGS_READ_ONLY != 0) {
+            self.set_read_only(false)?;
+        }
         // SAFETY: takes no argument and writes no memory of ours.
         match unsafe { raw::loop_clr_fd(self.file.as_raw_fd()) } {
             Ok(_) | Err(nix::Error::ENXIO) => {}

@@ -18,7 +18,8 @@ const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 pub fn run(image: &File, fs: FsType, parameters: &Parameters, id: &VolumeId) -> Result<()> {
     let name = program(fs);
     let found = DIRECTORIES.iter().map(|directory| Path::new(directory).join(name)).find(|path| path.exists());
-    let path = found.ok_or_else(|| Error::NotFound { what: "program (of e2fsprogs or xfsprogs)", path: name.into() })?;
+    let path =
+        found.ok_or_else(|| Error::NotFound { what: "program (of e2fsprogs or xfsprogs)", path: name.into() })?;
     let stdin = image.try_clone().context(|| format!("hand the image of {id} to {name}"))?;
     let output = Command::new(&path)
         .args(arguments(fs, parameters))
@@ -31,7 +32,8 @@ pub fn run(image: &File, fs: FsType, parameters: &Parameters, id: &VolumeId) -> 
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    let end: String = said.trim().lines().rev().take(3).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("; ");
+    let end: String =
+        said.trim().lines().rev().take(3).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("; ");
     Err(Error::Mkfs { program: name, id: id.clone(), output: format!("{}: {end}", output.status) })
 }
 
@@ -64,7 +66,11 @@ mod tests {
     #[test]
     fn arguments_hold_nothing_that_a_caller_wrote() {
         let parameters = Parameters { bytes_per_inode: Some(8192), ..Parameters::default() };
-        assert!(arguments(FsType::Ext4, &parameters).ends_with(&["-i".into(), "8192".into(), "/proc/self/fd/0".into()]));
+        assert!(arguments(FsType::Ext4, &parameters).ends_with(&[
+            "-i".into(),
+            "8192".into(),
+            "/proc/self/fd/0".into()
+        ]));
         assert!(!arguments(FsType::Xfs, &parameters).contains(&"-i".to_owned()));
     }
 

@@ -12,8 +12,7 @@ use super::Dev;
 use crate::error::{Context, Error, Result};
 use crate::request::TargetPath;
 
-const RESOLVE: ResolveFlags =
-    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 /// A target belongs to the kubelet; pods reach it through their own mounts.
 const DIRECTORY: Mode = Mode::from_raw_mode(0o750);
 const FILE: Mode = Mode::from_raw_mode(0o660);

@@ -197,7 +197,12 @@ fn capability(access_type: AccessType) -> VolumeCapability {
     VolumeCapability { access_type: Some(access_type), access_mode }
 }
 
-pub fn create(name: &str, size: i64, capability: &VolumeCapability, parameters: &[(&str, &str)]) -> csi::CreateVolumeRequest {
+pub fn create(
+    name: &str,
+    size: i64,
+    capability: &VolumeCapability,
+    parameters: &[(&str, &str)],
+) -> csi::CreateVolumeRequest {
     csi::CreateVolumeRequest {
         name: name.into(),
         capacity_range: Some(csi::CapacityRange { required_bytes: size, limit_bytes: 0 }),
