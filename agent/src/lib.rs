@@ -9,5 +9,6 @@ pub mod engine;
 pub mod host;
 pub mod http;
 pub mod inspect;
+pub mod install;
 pub mod run;
 pub mod source;

@@ -236,7 +236,14 @@ fn listen(field: &'static str, value: Option<&str>, default: &str) -> Result<Opt
 }
 
 fn duration(field: &'static str, value: Option<&str>, default: &str) -> Result<Duration, ConfigError> {
-    let value = value.unwrap_or(default);
+    parse_duration(field, value.unwrap_or(default))
+}
+
+/// A whole number of seconds, minutes or hours.
+///
+/// # Errors
+/// Names `field`, the value and what was expected.
+pub fn parse_duration(field: &'static str, value: &str) -> Result<Duration, ConfigError> {
     let split = value.find(|c: char| !c.is_ascii_digit()).unwrap_or(value.len());
     let (number, unit) = value.split_at(split);
     let factor: Option<u64> = match unit {

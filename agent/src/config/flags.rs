@@ -186,6 +186,14 @@ pub struct InstallCniArgs {
     #[arg(long, value_name = "DIR", default_value = "/run/keelway")]
     pub run_dir: PathBuf,
 
+    /// The agent's state directory on the node: DELs wait there while no agent runs.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/keelway")]
+    pub state_dir: PathBuf,
+
+    /// How long STATUS stays good while no agent runs.
+    #[arg(long, value_name = "DURATION", default_value = "5m")]
+    pub status_grace: String,
+
     /// Install although another plugin's configuration is there.
     #[arg(long)]
     pub allow_foreign_cni: bool,

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use check::ConfigError;
+pub use check::{ConfigError, parse_duration};
 pub use flags::{CleanupArgs, Cli, Command, Flags, InstallCniArgs, Text};
 pub use host::Host;
 

@@ -1,1 +1,226 @@
+use std::time::{Duration, SystemTime};
 
+use keelway_policy::model as policy_model;
+use keelway_proxy::model as proxy_model;
+use serde::de::DeserializeOwned;
+
+use super::*;
+
+fn read<T: DeserializeOwned>(yaml: &str) -> T {
+    serde_norway::from_str(yaml).unwrap()
+}
+
+#[test]
+fn a_service_of_a_file_gets_the_api_servers_defaults() {
+    let yaml = "
+metadata: {name: web}
+spec:
+  clusterIP: 10.96.0.010
+  sessionAffinity: ClientIP
+  ports: [{port: 80}]
+";
+    let converted = service(&read(yaml)).unwrap();
+    assert_eq!(converted.name, proxy_model::ObjectName::new("default", "web"));
+    assert_eq!(converted.cluster_ips, ["10.96.0.10".parse::<IpAddr>().unwrap()]);
+    assert_eq!(converted.affinity_seconds, Some(10_800));
+    assert_eq!(converted.service_type, proxy_model::ServiceType::ClusterIp);
+    let port =
+        proxy_model::ServicePort { name: String::new(), protocol: proxy_model::Protocol::Tcp, port: 80, node_port: 0 };
+    assert_eq!(converted.ports, [port]);
+    assert!(converted.is_served());
+}
+
+#[test]
+fn load_balancer_addresses_count_unless_their_mode_is_proxy() {
+    let yaml = "
+metadata: {name: web, namespace: ns, labels: {service.kubernetes.io/service-proxy-name: other}}
+spec: {type: LoadBalancer, clusterIPs: [10.96.0.1, 'fd00::1'], externalTrafficPolicy: Local, ports: [{port: 53, protocol: UDP, nodePort: 30053}]}
+status:
+  loadBalancer:
+    ingress: [{ip: 192.0.2.1}, {ip: 192.0.2.2, ipMode: Proxy}, {ip: 192.0.2.3, ipMode: VIP}, {hostname: lb.example}]
+";
+    let converted = service(&read(yaml)).unwrap();
+    let expected: Vec<IpAddr> = vec!["192.0.2.1".parse().unwrap(), "192.0.2.3".parse().unwrap()];
+    assert_eq!(converted.load_balancer_ips, expected);
+    assert_eq!(converted.external_traffic_policy, proxy_model::TrafficPolicy::Local);
+    assert_eq!(converted.ports[0].node_port, 30053);
+    assert!(converted.other_proxy && !converted.is_served());
+}
+
+#[test]
+fn headless_services_are_not_served() {
+    let converted = service(&read("{metadata: {name: db}, spec: {clusterIP: None, clusterIPs: [None]}}")).unwrap();
+    assert!(converted.cluster_ips.is_empty() && !converted.is_served());
+}
+
+fn slice_yaml(extra_label: &str, endpoints: &str) -> String {
+    format!(
+        "
+addressType: IPv4
+metadata:
+  name: web-1
+  namespace: ns
+  labels: {{kubernetes.io/service-name: web{extra_label}}}
+  annotations: {{endpoints.kubernetes.io/last-change-trigger-time: '2026-01-02T03:04:05Z'}}
+ports: [{{port: 8080}}, {{name: any, protocol: UDP}}]
+endpoints: {endpoints}
+"
+    )
+}
+
+#[test]
+fn absent_conditions_have_their_defaults() {
+    let endpoints = "
+- {addresses: [10.0.0.1]}
+- {addresses: [10.0.0.2], conditions: {ready: false}}
+- {addresses: [10.0.0.3], conditions: {ready: false, serving: true, terminating: true}, zone: z, nodeName: n, hints: {forZones: [{name: z}], forNodes: [{name: n}]}}
+";
+    let (slice, triggered) = endpoint_slice(&read(&slice_yaml("", endpoints))).unwrap().unwrap();
+    let conditions: Vec<_> = slice.endpoints.iter().map(|e| (e.ready, e.serving, e.terminating)).collect();
+    assert_eq!(conditions, [(true, true, false), (false, false, false), (false, true, true)]);
+    assert_eq!(slice.service, "web");
+    assert_eq!((slice.ports[0].port, slice.ports[0].protocol), (Some(8080), proxy_model::Protocol::Tcp));
+    assert_eq!((slice.ports[1].port, &*slice.ports[1].name), (None, "any"));
+    assert_eq!(slice.endpoints[2].zone_hints, ["z"]);
+    assert_eq!(slice.endpoints[2].node_hints, ["n"]);
+    assert_eq!(triggered, Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_323_045)));
+}
+
+#[test]
+fn slices_that_no_proxy_reads_are_passed_over() {
+    for label in [", service.kubernetes.io/headless: ''", ", service.kubernetes.io/service-proxy-name: x"] {
+        assert_eq!(endpoint_slice(&read(&slice_yaml(label, "[]"))).unwrap(), None, "{label}");
+    }
+    let fqdn = slice_yaml("", "[{addresses: [a.example]}]").replace("IPv4", "FQDN");
+    assert_eq!(endpoint_slice(&read(&fqdn)).unwrap(), None);
+    let wrong_family = endpoint_slice(&read(&slice_yaml("", "[{addresses: ['fd00::1']}]"))).unwrap_err().to_string();
+    assert_eq!(wrong_family, r#"endpoints[].addresses[]: "fd00::1" is not an address of the slice's addressType"#);
+}
+
+#[test]
+fn nodes() {
+    let yaml = "
+metadata: {name: n1, labels: {topology.kubernetes.io/zone: a}}
+spec: {podCIDR: 10.244.1.0/24, podCIDRs: [10.244.1.0/24, 'fd00:1::/64']}
+status: {addresses: [{type: Hostname, address: n1}, {type: InternalIP, address: 192.0.2.1}, {type: InternalIP, address: 'fd00::1'}]}
+";
+    let converted = node(&read(yaml)).unwrap();
+    assert_eq!(converted.pod_cidrs, ["10.244.1.0/24".parse().unwrap(), "fd00:1::/64".parse::<IpNet>().unwrap()]);
+    assert_eq!(converted.internal_addresses.len(), 2);
+    assert!(converted.eligible);
+    let only = node(&read("{metadata: {name: n}, spec: {podCIDR: 10.1.0.0/24}}")).unwrap();
+    assert_eq!(only.pod_cidrs, ["10.1.0.0/24".parse::<IpNet>().unwrap()]);
+    let taint = "{metadata: {name: n}, spec: {taints: [{key: ToBeDeletedByClusterAutoscaler, effect: NoSchedule}]}}";
+    assert!(!node(&read(taint)).unwrap().eligible);
+    let deleted = "{metadata: {name: n, deletionTimestamp: '2026-01-02T03:04:05Z'}}";
+    assert!(!node(&read(deleted)).unwrap().eligible);
+}
+
+#[test]
+fn terminated_pods_have_no_addresses() {
+    let yaml = |phase: &str| {
+        format!(
+            "
+metadata: {{name: p, uid: u, labels: {{app: a}}}}
+spec:
+  nodeName: n
+  hostNetwork: true
+  initContainers:
+  - {{name: i, ports: [{{name: init, containerPort: 1}}]}}
+  - {{name: s, restartPolicy: Always, ports: [{{name: side, containerPort: 2}}]}}
+  containers: [{{name: c, ports: [{{name: web, containerPort: 80}}, {{containerPort: 81}}, {{name: dns, containerPort: 53, protocol: UDP}}]}}]
+status: {{phase: {phase}, podIP: 10.0.0.1, podIPs: [{{ip: 10.0.0.1}}, {{ip: 'fd00::1'}}]}}
+"
+        )
+    };
+    let running = pod(&read(&yaml("Running"))).unwrap();
+    assert_eq!(running.addresses.len(), 2);
+    assert_eq!((&*running.uid, &*running.node_name, running.host_network), ("u", "n", true));
+    let names: Vec<_> = running.named_ports.iter().map(|port| (port.name.as_str(), port.port)).collect();
+    assert_eq!(names, [("dns", 53), ("side", 2), ("web", 80)]);
+    for phase in ["Succeeded", "Failed"] {
+        assert!(pod(&read(&yaml(phase))).unwrap().addresses.is_empty(), "{phase}");
+    }
+}
+
+#[test]
+fn namespaces_carry_their_name_as_a_label() {
+    let converted = namespace(&read("{metadata: {name: prod, labels: {team: a}}}")).unwrap();
+    assert_eq!(converted.labels["kubernetes.io/metadata.name"], "prod");
+    assert_eq!(converted.labels["team"], "a");
+}
+
+fn directions_of(spec: &str) -> (Option<usize>, Option<usize>) {
+    let converted =
+        network_policy(&read(&format!("{{metadata: {{name: p}}, spec: {{podSelector: {{}}, {spec}}}}}"))).unwrap();
+    (converted.ingress.map(|rules| rules.len()), converted.egress.map(|rules| rules.len()))
+}
+
+#[test]
+fn absent_policy_types_mean_ingress_and_egress_where_there_are_rules() {
+    assert_eq!(directions_of(""), (Some(0), None));
+    assert_eq!(directions_of("egress: []"), (Some(0), None));
+    assert_eq!(directions_of("egress: [{}]"), (Some(0), Some(1)));
+    assert_eq!(directions_of("policyTypes: [Egress]"), (None, Some(0)));
+    assert_eq!(directions_of("policyTypes: [Ingress], egress: [{}], ingress: [{}]"), (Some(1), None));
+}
+
+const POLICY: &str = "
+metadata: {name: p, namespace: ns}
+spec:
+  podSelector: {matchLabels: {app: a}, matchExpressions: [{key: tier, operator: NotIn, values: [x, y]}]}
+  ingress:
+  - from:
+    - podSelector: {}
+    - namespaceSelector: {matchExpressions: [{key: k, operator: Exists}]}
+    - ipBlock: {cidr: 10.1.2.3/8, except: [10.2.0.0/16]}
+    ports: [{port: 80}, {port: 1000, endPort: 2000, protocol: UDP}, {port: web}, {protocol: SCTP}]
+";
+
+#[test]
+fn policies() {
+    use policy_model::{Operator, Peer, PolicyPort, PortMatch, Protocol, Requirement, Selector};
+    let converted = network_policy(&read(POLICY)).unwrap();
+    let requirement = |key: &str, operator| Requirement { key: key.to_owned(), operator };
+    let expected = Selector {
+        requirements: vec![
+            requirement("app", Operator::In(vec!["a".to_owned()])),
+            requirement("tier", Operator::NotIn(vec!["x".to_owned(), "y".to_owned()])),
+        ],
+    };
+    assert_eq!(converted.pods, expected);
+    let rule = &converted.ingress.unwrap()[0];
+    let exists = Selector { requirements: vec![requirement("k", Operator::Exists)] };
+    let block = Peer::IpBlock { cidr: "10.0.0.0/8".parse().unwrap(), except: vec!["10.2.0.0/16".parse().unwrap()] };
+    let own = Peer::Pods { namespaces: None, pods: Some(Selector::default()) };
+    assert_eq!(rule.peers, [own, Peer::Pods { namespaces: Some(exists), pods: None }, block]);
+    let port = |protocol, port| PolicyPort { protocol, port };
+    let expected = [
+        port(Protocol::Tcp, PortMatch::Range(80, 80)),
+        port(Protocol::Udp, PortMatch::Range(1000, 2000)),
+        port(Protocol::Tcp, PortMatch::Named("web".to_owned())),
+        port(Protocol::Sctp, PortMatch::Any),
+    ];
+    assert_eq!(rule.ports, expected);
+}
+
+#[test]
+fn a_policy_that_cannot_be_understood_is_named_and_denies() {
+    for (from, to, error) in [
+        ("operator: Exists", "operator: Gt", "spec.ingress[].from[].namespaceSelector.matchExpressions[].operator"),
+        ("except: [10.2.0.0/16]", "except: [11.0.0.0/16]", "spec.ingress[].from[].ipBlock.except[]"),
+        ("endPort: 2000", "endPort: 20", "spec.ingress[].ports[].endPort"),
+        ("{port: web}", "{port: 0}", "spec.ingress[].ports[].port"),
+        ("podSelector: {}", "{}", "spec.ingress[].from[]"),
+    ] {
+        let text = POLICY.replace(from, to).replace("- {}\n", "- {podSelector: null}\n");
+        let policy = read(&text);
+        assert_eq!(network_policy(&policy).unwrap_err().field, error);
+        let denied = deny_all(&policy).unwrap();
+        assert_eq!((denied.ingress, denied.egress), (Some(vec![]), None));
+        assert_eq!(denied.pods.requirements.len(), 2);
+    }
+    let selector = POLICY.replace("NotIn", "Near");
+    let denied = deny_all(&read(&selector)).unwrap();
+    assert!(denied.pods.requirements.is_empty(), "a selector that cannot be read selects all pods of the namespace");
+}

@@ -59,7 +59,7 @@ impl Manifests {
     pub fn open(dir: &Path) -> Result<Self, ManifestsError> {
         let mut this =
             Self { dir: dir.to_owned(), known: BTreeMap::new(), broken: BTreeMap::new(), merged: Merged::default() };
-        this.rescan(|_| true)
+        this.rescan(|_, _| true)
             .map_err(|error| ManifestsError::Unreadable { dir: dir.to_owned(), reason: error.to_string() })?;
         if this.broken.is_empty() {
             return Ok(this);
@@ -69,7 +69,7 @@ impl Manifests {
     }
 
     /// Reads what changed and `settled` says is not being written now; the events are what that changes.
-    fn rescan(&mut self, settled: impl Fn(&str) -> bool) -> std::io::Result<Vec<Event>> {
+    fn rescan(&mut self, settled: impl Fn(&str, Duration) -> bool) -> std::io::Result<Vec<Event>> {
         let found = scan::list(&self.dir)?;
         let mut events = Vec::new();
         let gone: Vec<String> = self.known.keys().filter(|file| !found.contains_key(*file)).cloned().collect();
@@ -79,7 +79,7 @@ impl Manifests {
             events.extend(self.merged.replace(&file, BTreeMap::new()));
         }
         for (file, signature) in found {
-            if self.known.get(&file) == Some(&signature) || !settled(&file) {
+            if self.known.get(&file) == Some(&signature) || !settled(&file, signature.age()) {
                 continue;
             }
             self.known.insert(file.clone(), signature);
@@ -152,7 +152,7 @@ impl Source for Manifests {
             }
             watch.renew(&self.dir);
             let about = self.dir.display().to_string();
-            let changes = match self.rescan(|file| watch.is_settled(file)) {
+            let changes = match self.rescan(|file, age| watch.is_settled(file, age)) {
                 Ok(changes) => {
                     status.clear(&about);
                     changes

@@ -13,7 +13,7 @@ use crate::source::{Kind, Object, ObjectRef};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("document {document}: {reason}")]
 pub struct ParseError {
-    /// Counted from 1; empty documents count.
+    /// Counted from 1.
     pub document: usize,
     /// Where in it (an object, an item of a List) and what.
     pub reason: String,

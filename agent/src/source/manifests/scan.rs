@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::parse::{self, MAX_FILE_BYTES};
 use crate::source::{Object, ObjectRef};
@@ -28,6 +29,15 @@ impl Signature {
             modified: (metadata.mtime(), metadata.mtime_nsec()),
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
+    }
+}
+
+impl Signature {
+    /// Time since the file was last written to; without end for times to come.
+    pub fn age(&self) -> Duration {
+        let seconds = Duration::from_secs(self.modified.0.max(0).unsigned_abs());
+        let written = UNIX_EPOCH + seconds + Duration::from_nanos(self.modified.1.unsigned_abs());
+        SystemTime::now().duration_since(written).unwrap_or(Duration::MAX)
     }
 }
 

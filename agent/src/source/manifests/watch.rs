@@ -1,11 +1,11 @@
 //! When to look at the directory again, and which of its files are being written right now.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use notify::event::{AccessKind, AccessMode, CreateKind, ModifyKind};
+use notify::event::{AccessKind, AccessMode, CreateKind, ModifyKind, RenameMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 
@@ -16,10 +16,20 @@ const ABANDONED: Duration = Duration::from_secs(2);
 /// Changes come in groups (a rename is two): how long to wait for the rest of one.
 const GROUP: Duration = Duration::from_millis(5);
 
+/// A file that was written to in place so shortly ago may be written to further, and the event that says so be under way.
+const FRESH: Duration = Duration::from_millis(30);
+
+#[derive(Debug, Default)]
+struct Files {
+    /// Files that are being written to, and until when that is believed without more news.
+    busy: HashMap<String, Instant>,
+    /// Files that were renamed into place: whole however young.
+    whole: HashSet<String>,
+}
+
 #[derive(Debug, Default)]
 struct Shared {
-    /// When each file that is open for writing was last written to.
-    writing: Mutex<HashMap<String, Instant>>,
+    files: Mutex<Files>,
     wake: Notify,
 }
 
@@ -57,23 +67,32 @@ impl Watch {
 
     /// Returns when something may have changed: told so, or after `at_most`.
     pub(super) async fn changed(&self, at_most: Duration) {
-        let oldest = self.shared.writing().values().min().copied();
-        let wait = oldest.map_or(at_most, |since| (since + ABANDONED).saturating_duration_since(Instant::now()));
+        let next = self.shared.files().busy.values().min().copied();
+        let wait = next.map_or(at_most, |until| until.saturating_duration_since(Instant::now()));
         if tokio::time::timeout(wait.min(at_most), self.shared.wake.notified()).await.is_ok() {
             tokio::time::sleep(GROUP).await;
         }
-        self.shared.writing().retain(|_, since| since.elapsed() < ABANDONED);
+        self.shared.files().busy.retain(|_, until| *until > Instant::now());
     }
 
-    /// Whether nobody is writing to the file now, as far as is known.
-    pub(super) fn is_settled(&self, file: &str) -> bool {
-        !self.shared.writing().contains_key(file)
+    /// Whether nobody is writing to the file now, as far as is known; it is to be read then. `age`: since it was last
+    /// written to.
+    pub(super) fn is_settled(&self, file: &str, age: Duration) -> bool {
+        let mut files = self.shared.files();
+        if files.busy.contains_key(file) {
+            return false;
+        }
+        if files.whole.remove(file) || age >= FRESH {
+            return true;
+        }
+        files.busy.insert(file.to_owned(), Instant::now() + FRESH);
+        false
     }
 }
 
 impl Shared {
-    fn writing(&self) -> std::sync::MutexGuard<'_, HashMap<String, Instant>> {
-        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn files(&self) -> MutexGuard<'_, Files> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn note(&self, event: notify::Result<notify::Event>) {
@@ -85,23 +104,27 @@ impl Shared {
             event.kind,
             EventKind::Create(CreateKind::File) | EventKind::Modify(ModifyKind::Data(_) | ModifyKind::Any)
         );
-        let done = matches!(
-            event.kind,
-            EventKind::Access(AccessKind::Close(AccessMode::Write)) | EventKind::Modify(ModifyKind::Name(_))
-        ) || event.kind.is_remove();
+        let closed = matches!(event.kind, EventKind::Access(AccessKind::Close(AccessMode::Write)));
+        let renamed = matches!(event.kind, EventKind::Modify(ModifyKind::Name(RenameMode::To)));
         for path in &event.paths {
             let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
             if !scan::counts(name) {
                 continue;
             }
+            let mut files = self.files();
             if writing {
-                self.writing().insert(name.to_owned(), Instant::now());
-            } else if done {
-                self.writing().remove(name);
+                files.busy.insert(name.to_owned(), Instant::now() + ABANDONED);
+            } else if closed || renamed || event.kind.is_remove() {
+                files.busy.remove(name);
+            }
+            if renamed {
+                files.whole.insert(name.to_owned());
+            } else if writing || event.kind.is_remove() {
+                files.whole.remove(name);
             }
         }
         // Reading is an event, too, and our own reading must not wake us.
-        if writing || done || event.need_rescan() || !event.kind.is_access() {
+        if closed || event.need_rescan() || !event.kind.is_access() {
             self.wake.notify_one();
         }
     }
