@@ -23,6 +23,9 @@ const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 
+/// The longest that the kernel may take to unbind a device that nobody has open any more.
+const UNBINDING: Duration = Duration::from_secs(2);
+
 /// `struct loop_info64`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -144,12 +147,7 @@ impl LoopDevice {
     /// [`Error::Io`], also when a bound device has no node in /dev: then one that is ours could go unseen.
     pub fn find(device: u64, inode: u64) -> Result<Option<Self>> {
         for number in bound()? {
-            let file = match open(number, false) {
-                Ok(file) => file,
-                // Unbound and removed since it was listed.
-                Err(_) if !sysfs(number).exists() => continue,
-                Err(error) => return Err(error),
-            };
+            let Some(file) = open_bound(number)? else { continue };
             if let Some(info) = status(&file).context(|| format!("look at {}", path(number).display()))?
                 && (info.device, info.inode) == (device, inode)
             {
@@ -264,6 +262,24 @@ fn bound() -> Result<Vec<u32>> {
         }
     }
     Ok(numbers)
+}
+
+/// Opens a device that was bound a moment ago. `None` when it no longer is.
+fn open_bound(number: u32) -> Result<Option<File>> {
+    let start = Instant::now();
+    loop {
+        match open(number, false) {
+            Ok(file) => return Ok(Some(file)),
+            Err(_) if !sysfs(number).exists() => return Ok(None),
+            // It is being unbound: the kernel refuses to open it until that is over, and only then is its file free.
+            Err(Error::Io { source, .. })
+                if source.raw_os_error() == Some(libc::ENXIO) && start.elapsed() < UNBINDING =>
+            {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 fn sysfs(number: u32) -> PathBuf {

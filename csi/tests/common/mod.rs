@@ -109,12 +109,16 @@ impl Driver {
     }
 
     pub async fn channel(&self) -> Channel {
+        self.try_channel().await.unwrap()
+    }
+
+    pub async fn try_channel(&self) -> Result<Channel, tonic::transport::Error> {
         let socket = self.socket();
         let dial = move |_: Uri| {
             let socket = socket.clone();
             async move { tokio::net::UnixStream::connect(socket).await.map(hyper_util::rt::TokioIo::new) }
         };
-        Endpoint::from_static("http://localhost").connect_with_connector(tower::service_fn(dial)).await.unwrap()
+        Endpoint::from_static("http://localhost").connect_with_connector(tower::service_fn(dial)).await
     }
 
     pub async fn controller(&self) -> ControllerClient<Channel> {
