@@ -1,1 +1,113 @@
-fn main() {}
+//! keelway: what an operator asks a node's agent. Also runs as `kubectl keelway` when installed as `kubectl-keelway`.
+//!
+//! Exit status: 0 all is well, 1 the question could not be answered, 2 the command line is wrong, 3 the answer is that
+//! something is wrong.
+#![forbid(unsafe_code)]
+
+mod json;
+mod status;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand, ValueEnum};
+use keelway_api::v1::NodeStatusRequest;
+use keelway_api::v1::inspect_client::InspectClient;
+
+/// For how long the agent may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What went wrong was found by asking; the answer is on standard output.
+const UNWELL: u8 = 3;
+
+/// Ask this node's keelway-agent.
+#[derive(Parser)]
+#[command(name = "keelway", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// The agent's socket.
+    #[arg(long, global = true, value_name = "FILE", default_value = keelway_api::DEFAULT_SOCKET)]
+    socket: PathBuf,
+
+    /// How to answer.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    output: Output,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The node: source, programs, tables, what is programmed, what was dropped, what is wrong.
+    ///
+    /// Exit status 3 when the first sync is not done, a program is not attached or something is wrong.
+    Status,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(run(&cli))) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(UNWELL),
+        Err(error) => {
+            eprintln!("keelway: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all is well.
+async fn run(cli: &Cli) -> anyhow::Result<bool> {
+    match cli.command {
+        Command::Status => {
+            let mut client = InspectClient::new(connect(cli).await?);
+            let answer = tokio::time::timeout(TIMEOUT, client.node_status(NodeStatusRequest {}));
+            let answer = answer.await.with_context(|| format!("the agent did not answer within {TIMEOUT:?}"))?;
+            let status =
+                answer.map_err(|status| anyhow::anyhow!("the agent refused: {}", status.message()))?.into_inner();
+            let text = match cli.output {
+                Output::Table => status::table(&status),
+                Output::Json => format!("{:#}\n", json::node_status(&status)),
+            };
+            print(&text)?;
+            Ok(status::is_well(&status))
+        }
+    }
+}
+
+/// A reader that has seen enough (`| head`) is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("standard output"),
+        _ => Ok(()),
+    }
+}
+
+async fn connect(cli: &Cli) -> anyhow::Result<tonic::transport::Channel> {
+    let socket = &cli.socket;
+    // Asked first for the reason in plain words: the transport's own says less.
+    if let Err(error) = tokio::net::UnixStream::connect(socket).await {
+        let hint = match error.kind() {
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
+                "no keelway-agent is running on this node (or --socket is not its socket)"
+            }
+            std::io::ErrorKind::PermissionDenied => "only root may ask the agent",
+            _ => "the agent cannot be reached",
+        };
+        anyhow::bail!("{}: {error}: {hint}", socket.display());
+    }
+    keelway_api::connect(socket, TIMEOUT).await.with_context(|| socket.display().to_string())
+}

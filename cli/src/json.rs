@@ -1,0 +1,45 @@
+//! Answers for programs: the messages of the agent's API with camel-case keys. Keys are added, never renamed.
+
+use keelway_api::v1::NodeStatusResponse;
+use serde_json::{Value, json};
+
+/// `keelway status -o json`.
+pub fn node_status(status: &NodeStatusResponse) -> Value {
+    let counts = status.counts.unwrap_or_default();
+    json!({
+        "version": status.version,
+        "layoutVersion": status.layout_version,
+        "node": status.node,
+        "source": status.source,
+        "synced": status.synced,
+        "uptimeSeconds": status.uptime_seconds,
+        "podCIDRs": status.pod_cidrs,
+        "routing": status.routing,
+        "mtu": status.mtu,
+        "generation": status.generation,
+        "counts": {
+            "services": counts.services,
+            "frontends": counts.frontends,
+            "backends": counts.backends,
+            "endpoints": counts.endpoints,
+            "identities": counts.identities,
+            "policies": counts.policies,
+            "policyRules": counts.policy_rules,
+            "nodes": counts.nodes,
+        },
+        "kinds": status.kinds.iter().map(|kind| json!({
+            "kind": kind.kind, "synced": kind.synced, "objects": kind.objects,
+        })).collect::<Vec<_>>(),
+        "hooks": status.hooks.iter().map(|hook| json!({
+            "hook": hook.hook, "device": hook.device, "mechanism": hook.mechanism,
+            "linkId": hook.link_id, "programId": hook.program_id, "attached": hook.attached,
+        })).collect::<Vec<_>>(),
+        "maps": status.maps.iter().map(|map| json!({
+            "name": map.name, "entries": map.entries, "capacity": map.capacity, "lru": map.lru,
+        })).collect::<Vec<_>>(),
+        "drops": status.drops.iter().map(|drop| json!({
+            "reason": drop.reason, "hook": drop.hook, "packets": drop.packets, "bytes": drop.bytes,
+        })).collect::<Vec<_>>(),
+        "problems": status.problems,
+    })
+}
