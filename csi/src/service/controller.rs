@@ -75,7 +75,7 @@ impl Controller for ControllerService {
             _ if !asked.context_matches => "volume_context and mutable_parameters of this driver are empty".into(),
             _ => String::new(),
         };
-        let confirmed = message.is_empty().then(|| Confirmed {
+        let confirmed = message.is_empty().then_some(Confirmed {
             volume_context: request.volume_context,
             volume_capabilities: request.volume_capabilities,
             parameters: request.parameters,

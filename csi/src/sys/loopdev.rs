@@ -207,7 +207,7 @@ impl LoopDevice {
     pub fn unbind(self, wait: Duration) -> Result<bool> {
         let info = status(&self.file).context(|| format!("look at {}", self.path().display()))?;
         // It would stay read-only for the next file that anyone binds to it.
-        if self.read_only()? && !info.is_some_and(|info| info.flags & LO_FLAGS_READ_ONLY != 0) {
+        if self.read_only()? && info.is_none_or(|info| info.flags & LO_FLAGS_READ_ONLY == 0) {
             self.set_read_only(false)?;
         }
         // SAFETY: takes no argument and writes no memory of ours.
