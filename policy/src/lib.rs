@@ -25,9 +25,26 @@
 //! with the same ones. When a write fails the mirror no longer holds: restore again.
 #![forbid(unsafe_code)]
 
+mod claims;
+mod explain;
+mod flatten;
+mod flush;
+mod index;
+mod kernel;
 pub mod model;
+mod numbering;
 mod op;
+mod policies;
+mod ports;
+mod resync;
+mod selector;
+mod simulated;
 mod state;
+mod wanted;
 
+pub use explain::Explanation;
+pub use flush::{Changes, PolicyError, Table};
 pub use op::{CidrKey, Direction, Dump, EndpointPolicy, Op, PortPrefix, RuleKey, Scope, host_prefix, identity};
-pub use state::{Changes, Config, Limits, Model, PolicyError, RuleName, Table};
+pub use policies::RuleName;
+pub use simulated::{Decision, Simulated};
+pub use state::{Config, Limits, Model};
