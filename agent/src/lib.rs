@@ -10,5 +10,6 @@ pub mod host;
 pub mod http;
 pub mod inspect;
 pub mod install;
+pub mod proc_sys;
 pub mod run;
 pub mod source;

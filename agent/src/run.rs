@@ -46,6 +46,7 @@ const HOST_RETRY: Duration = Duration::from_secs(2);
 /// # Errors
 /// What keeps the agent from starting, in words that name it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    crate::proc_sys::make_writable();
     for dir in [&config.state_dir, &config.run_dir] {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     }
