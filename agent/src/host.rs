@@ -56,7 +56,8 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
     let first = links.first().context("no device")?;
     let underlay = *node.internal_addresses.first().with_context(|| no_address(node))?;
     let mtu = pod_mtu(config, first.mtu, underlay);
-    let host_addresses = pool.host_addresses();
+    let own = host.addresses(None).await?;
+    let host_addresses = sources(&pool, node, &own);
 
     for (key, value) in node_sysctls(&host_addresses) {
         sysctl::write(&key, &value)?;
@@ -82,7 +83,7 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
         }
         Routing::Routed => (first.index, None, host.require_link("lo").await?.index),
     };
-    for address in &host_addresses {
+    for address in pool.host_addresses().iter().filter(|address| host_addresses.contains(address)) {
         let options = AddressOptions { nodad: true, noprefixroute: true };
         host.replace_address(address_index, IpNet::from(*address), options).await?;
     }
@@ -93,6 +94,18 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
     let node_devices = links.iter().map(|link| link.name.clone()).collect();
     let devices = Devices { node: node_devices, vxlan, config: programs, host_addresses };
     Ok(HostNetwork { devices, mtu, pod_cidrs: node.pod_cidrs.clone(), route_index })
+}
+
+/// What the host sends from to pods, one address a family: its own, which peers know it by; the first of the pod CIDR where
+/// it has none of that family. With another one than its own, a server of the host that answers UDP from the wildcard address
+/// would answer from an address that was never asked.
+fn sources(pool: &Pool, node: &Node, own: &[keelway_netlink::Address]) -> Vec<IpAddr> {
+    let held = |wanted: &IpAddr| own.iter().any(|address| address.address.addr() == *wanted);
+    let of_family = |fallback: IpAddr| {
+        let mut addresses = node.internal_addresses.iter().copied();
+        addresses.find(|ip| ip.is_ipv4() == fallback.is_ipv4() && held(ip)).unwrap_or(fallback)
+    };
+    pool.host_addresses().into_iter().map(of_family).collect()
 }
 
 /// Keeps the pod CIDRs for `cleanup`, which asks nobody.

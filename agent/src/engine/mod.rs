@@ -119,7 +119,7 @@ pub struct Devices {
     pub vxlan: Option<String>,
     /// What the programs are told of all this.
     pub config: NodeConfig,
-    /// The node's own addresses in its pod CIDRs.
+    /// What the host sends from to pods, one a family.
     pub host_addresses: Vec<IpAddr>,
 }
 

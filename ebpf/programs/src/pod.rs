@@ -122,6 +122,9 @@ fn forward(skb: Skb, packet: &mut Packet, node: &NodeConfig, now: u64, account: 
 /// A packet from the host's stack to a pod.
 #[inline(always)]
 pub fn egress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i32, Reason> {
+    if packet.tuple.dst.is_link_scoped() {
+        return Err(Reason::LinkScoped);
+    }
     let receiver = endpoint(&packet.tuple.dst).filter(|receiver| receiver.ifindex == skb.ifindex());
     let receiver = receiver.ok_or(Reason::NoEndpoint)?;
     deliver::admit(skb, packet, receiver, now(), account)?;

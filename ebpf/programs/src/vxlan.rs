@@ -35,6 +35,9 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
 /// A packet into the tunnel, from a pod or from the host.
 #[inline(always)]
 pub fn egress(skb: Skb, packet: &mut Packet, _account: &mut Account) -> Result<i32, Reason> {
+    if packet.tuple.dst.is_link_scoped() {
+        return Err(Reason::LinkScoped);
+    }
     let to = lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.dst)).ok_or(Reason::TunnelUnknown)?;
     skb.set_tunnel(&to.remote)?;
     Ok(TC_ACT_OK as i32)

@@ -6,7 +6,8 @@
 //! owner panics, and when it is interrupted or killed (see [`clean`]).
 //!
 //! On top of it: [`containerd`] and [`cri`] start pods as a kubelet does, [`image`] makes images from local files,
-//! [`probe`] is the traffic.
+//! [`standalone`] runs agents without Kubernetes, [`cluster`] is a real one, [`csi`] calls a storage driver, [`probe`] is the
+//! traffic.
 #![forbid(unsafe_code)]
 
 pub mod boot;
@@ -15,6 +16,7 @@ pub mod clean;
 pub mod cluster;
 pub mod containerd;
 pub mod cri;
+pub mod csi;
 pub mod enter;
 mod host;
 pub mod image;

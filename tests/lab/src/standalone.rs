@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -44,7 +46,7 @@ pub struct Standalone {
     pub lab: Lab,
     /// Where the agents read their objects.
     pub manifests: PathBuf,
-    agents: BTreeMap<usize, Process>,
+    agents: Mutex<BTreeMap<usize, Process>>,
     runtimes: BTreeMap<usize, (Containerd, Cri)>,
     agent_args: Vec<String>,
 }
@@ -66,7 +68,7 @@ impl Standalone {
         let mut this = Self {
             lab,
             manifests,
-            agents: BTreeMap::new(),
+            agents: Mutex::default(),
             runtimes: BTreeMap::new(),
             agent_args: agent_args.iter().map(ToString::to_string).collect(),
         };
@@ -132,27 +134,26 @@ impl Standalone {
     }
 
     /// Starts (or starts again) a node's agent; `program` in place of the one that was built.
-    pub fn start_agent_from(&mut self, number: usize, program: &Path) -> Result<()> {
+    pub fn start_agent_from(&self, number: usize, program: &Path) -> Result<()> {
         let node = self.lab.node(number);
         let program = program.display().to_string();
         let manifests = self.manifests.display().to_string();
         let mut argv = vec![program.as_str(), "--manifests", &manifests, "--node-name", &node.name];
         argv.extend(self.agent_args.iter().map(String::as_str));
         let agent = node.spawn("agent", &argv)?;
-        self.agents.insert(number, agent);
+        self.agents.lock().expect("nobody panics with this lock").insert(number, agent);
         Ok(())
     }
 
     /// Starts (or starts again) a node's agent.
-    pub fn start_agent(&mut self, number: usize) -> Result<()> {
+    pub fn start_agent(&self, number: usize) -> Result<()> {
         self.start_agent_from(number, &sh::own("keelway-agent")?)
     }
 
     /// Ends a node's agent, with a signal of choice.
-    pub fn stop_agent(&mut self, number: usize, signal: Signal) -> Result<()> {
-        let mut agent = self.agents.remove(&number).context("no agent runs")?;
-        agent.stop(signal)?;
-        Ok(())
+    pub fn stop_agent(&self, number: usize, signal: Signal) -> Result<()> {
+        let agent = self.agents.lock().expect("nobody panics with this lock").remove(&number);
+        agent.context("no agent runs")?.stop(signal).map(drop)
     }
 
     /// The agent's log.
@@ -243,6 +244,26 @@ impl Standalone {
         let argv = [&["keelway-probe"], args].concat();
         let done = cri.exec(&pod.sandbox.container, &argv)?;
         serde_json::from_str(&done.stdout).with_context(|| format!("{argv:?}: {done:?}"))
+    }
+
+    /// Runs the probe on a node itself, in its cgroup: its socket hooks apply.
+    pub fn probe_on_node<T: serde::de::DeserializeOwned>(&self, number: usize, args: &[&str]) -> Result<T> {
+        let probe = sh::own("keelway-probe")?.display().to_string();
+        let text = self.lab.node(number).run(&[&[probe.as_str()], args].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("{args:?}: {text}"))
+    }
+
+    /// Runs the probe in a pod's network but outside its node's cgroup: no socket hook sees what it does, only the hooks
+    /// of the pod's interface.
+    pub fn probe_past_sockets<T: serde::de::DeserializeOwned>(&self, pod: &Pod, args: &[&str]) -> Result<T> {
+        let (_, cri) = self.runtimes.get(&pod.node).context("no runtime")?;
+        // Seen from outside of the node, an absolute link in the path (/var/run) would lead astray.
+        let netns = cri.netns(&pod.sandbox.id)?.replace("/var/run/", "/run/");
+        let netns = self.lab.node(pod.node).path(&netns)?;
+        let mut command = Command::new(sh::own("keelway-lab")?);
+        command.args(["enter", "--cgroup", &self.lab.outside.cgroup, "--net"]).arg(netns).arg("--");
+        let text = sh::checked(command.arg(sh::own("keelway-probe")?).args(args))?;
+        serde_json::from_str(&text).with_context(|| format!("{args:?}: {text}"))
     }
 
     /// Runs a command in a pod.
