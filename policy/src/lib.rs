@@ -36,6 +36,7 @@ mod numbering;
 mod op;
 mod policies;
 mod ports;
+pub mod reference;
 mod resync;
 mod selector;
 mod simulated;
