@@ -11,6 +11,7 @@
 //! away cannot cut short; mkfs waits for one of a few slots first. `ops::recover` runs before the sockets are there.
 #![deny(unsafe_code)]
 
+pub mod authority;
 pub mod backend;
 pub mod error;
 pub mod model;

@@ -4,7 +4,10 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{Stream, StreamExt};
 
+use crate::authority::Connection;
 use crate::error::{Context, Error, Result};
 
 /// A listening Unix socket for root alone; its name goes when this is dropped.
@@ -51,8 +54,9 @@ impl Socket {
     ///
     /// # Panics
     /// When called twice.
-    pub fn incoming(&mut self) -> tokio_stream::wrappers::UnixListenerStream {
-        tokio_stream::wrappers::UnixListenerStream::new(self.listener.take().expect("a socket is served once"))
+    pub fn incoming(&mut self) -> impl Stream<Item = std::io::Result<Connection>> + use<> {
+        let listener = self.listener.take().expect("a socket is served once");
+        UnixListenerStream::new(listener).map(|stream| stream.map(Connection::new))
     }
 }
 

@@ -114,11 +114,13 @@ impl Capacity {
     /// # Errors
     /// As the module says.
     pub fn parse(request: &csi::GetCapacityRequest, node: &str) -> Result<Self> {
+        // Parameters are not judged here: external-provisioner asks with keys that it takes out of a CreateVolume, and a
+        // class with a wrong one would look to the scheduler like a full pool. CreateVolume refuses it, for its owner to
+        // see.
         let content = match request.volume_capabilities.as_slice() {
             [] => None,
             capabilities => Some(Usage::parse_all(capabilities)?),
         };
-        Parameters::parse(&request.parameters, content.unwrap_or(Content::Filesystem(crate::model::FsType::Ext4)))?;
         let here = request
             .accessible_topology
             .as_ref()
