@@ -128,11 +128,16 @@ impl Model {
     pub fn take_changes(&mut self) -> Changes {
         let mut changes = Changes::default();
         let mut bumps = BTreeSet::new();
-        // A second round takes the room that the first one freed. What a third would find can wait for the next change.
-        for last in [false, true] {
+        // The first round knows what goes as well as what comes, so that an endpoint which changes its identity together
+        // with its peers (their namespace got other labels) has rules for both of theirs. The second one takes away what
+        // has gone. A third takes the room that this freed; what a fourth would find can wait for the next change.
+        for number in 1.. {
+            if number == 2 {
+                self.forget_unused();
+            }
             let mut round = self.round();
             bumps.append(&mut round.bumps);
-            let again = !last && round.freed_room();
+            let again = number == 1 || (number == 2 && round.freed_room());
             changes.ops.extend(round.batch.ops());
             if !again {
                 let limit = |table| match table {
@@ -165,7 +170,6 @@ impl Model {
     }
 
     fn round(&mut self) -> Round {
-        self.forget_unused();
         let room = self.usage().into_iter().map(|(table, used, limit)| (table, limit.saturating_sub(used))).collect();
         let mut round = Round { batch: Batch::default(), room, left_out: BTreeMap::new(), bumps: BTreeSet::new() };
         let dirty = std::mem::take(&mut self.dirty);
@@ -352,8 +356,11 @@ impl Model {
         }
         match wanted {
             Some(policy) => {
-                self.kernel.endpoints.insert(uid, policy.clone());
-                round.batch.put_endpoints.push(policy);
+                let old = self.kernel.endpoints.insert(uid, policy.clone());
+                match old.filter(|old| old.subject != policy.subject) {
+                    Some(old) => round.batch.move_endpoint(&old, policy),
+                    None => round.batch.put_endpoints.push(policy),
+                }
             }
             None => {
                 self.kernel.endpoints.remove(&uid);

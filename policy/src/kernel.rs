@@ -105,6 +105,8 @@ pub(crate) struct Batch {
     pub put_rules: Vec<(RuleKey, u32)>,
     pub put_cidrs: Vec<(CidrKey, u32)>,
     pub put_identities: Vec<(IpNet, u32)>,
+    /// Endpoints with another subject, enforced for now where they were and will be.
+    pub moved_endpoints: Vec<EndpointPolicy>,
     pub put_endpoints: Vec<EndpointPolicy>,
     pub delete_endpoints: Vec<String>,
     pub delete_identities: Vec<IpNet>,
@@ -113,9 +115,24 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
+    /// An endpoint gets another subject: it moves before addresses change, and what is new to it is enforced after.
+    pub fn move_endpoint(&mut self, old: &EndpointPolicy, new: EndpointPolicy) {
+        let moved = EndpointPolicy {
+            enforce_ingress: old.enforce_ingress && new.enforce_ingress,
+            enforce_egress: old.enforce_egress && new.enforce_egress,
+            ..new.clone()
+        };
+        if moved != new {
+            self.put_endpoints.push(new);
+        }
+        self.moved_endpoints.push(moved);
+    }
+
     /// - Rules come before what makes a look-up reach them: a new identity's and a new CIDR peer's are complete before any
     ///   address leads there, and a subject's before its endpoint is enforced. So a pod whose labels change is judged by
     ///   its old identity or by its new one, never by one without rules.
+    /// - Endpoints that were enforced get their new subject before addresses change, since its rules know the old
+    ///   identities too; those that were not are enforced after, when every peer is known.
     /// - Prefixes are written from the longest to the shortest and deleted from the shortest to the longest. Then an
     ///   address meets its old longest match or its new one in between, never a third that one of them was hiding.
     /// - What nothing leads to any more goes last.
@@ -127,6 +144,7 @@ impl Batch {
         let mut ops = Vec::new();
         ops.extend(self.put_rules.into_iter().map(|(key, rule)| Op::PutRule { key, rule }));
         ops.extend(self.put_cidrs.into_iter().map(|(key, peer)| Op::PutCidr { key, peer }));
+        ops.extend(self.moved_endpoints.into_iter().map(Op::PutEndpoint));
         ops.extend(self.put_identities.into_iter().map(|(prefix, identity)| Op::PutIdentity { prefix, identity }));
         ops.extend(self.put_endpoints.into_iter().map(Op::PutEndpoint));
         ops.extend(self.delete_endpoints.into_iter().map(|uid| Op::DeleteEndpoint { uid }));

@@ -85,9 +85,15 @@ fn check(world: &World, model: &Model, kernel: &Simulated) -> Result<(), TestCas
     Ok(())
 }
 
-/// Executes changes write by write. In between each flow meets the verdict before or the one after. Where the writes leave
-/// a flow that was allowed denied, its generation is bumped at the end.
-fn execute(world: &World, kernel: &mut Simulated, ops: &[Op]) -> Result<Vec<Simulated>, TestCaseError> {
+/// Executes changes write by write. In between, when they come of one event, each flow meets the verdict before or the one
+/// after (several events have states between them that are right too). Where the writes leave a flow that was allowed
+/// denied, its generation is bumped at the end.
+fn execute(
+    world: &World,
+    kernel: &mut Simulated,
+    ops: &[Op],
+    one_event: bool,
+) -> Result<Vec<Simulated>, TestCaseError> {
     let before = decisions(world, kernel);
     let mut after = kernel.clone();
     ops.iter().for_each(|op| after.execute(op));
@@ -99,8 +105,12 @@ fn execute(world: &World, kernel: &mut Simulated, ops: &[Op]) -> Result<Vec<Simu
         states.push(kernel.clone());
     }
     // Each state is as dear as the whole check, so a few in the middle stand for all.
-    for state in states.iter().step_by(states.len() / 6 + 1) {
+    for state in states.iter().step_by(states.len() / 6 + 1).filter(|_| one_event) {
         for (key, now) in decisions(world, state) {
+            let pod = world.endpoints.get(&key.0).and_then(|e| world.pods.get(&e.pod));
+            if pod.is_some_and(|pod| pod.addresses.contains(&key.2)) {
+                continue; // a pod to itself: never asked
+            }
             let (old, new) = (&before[&key], &after_decisions[&key]);
             let between = passes(&now) == passes(old) || passes(&now) == passes(new);
             prop_assert!(between, "{key:?}: {old:?}, {now:?}, {new:?}");
@@ -150,11 +160,12 @@ fn flush(
     model: &mut Model,
     kernel: &mut Simulated,
     lines: &mut Vec<String>,
+    one_event: bool,
 ) -> Result<Vec<Simulated>, TestCaseError> {
     let changes = model.take_changes();
     prop_assert_eq!(changes.errors, vec![]);
     lines.extend(changes.numbers);
-    execute(world, kernel, &changes.ops)
+    execute(world, kernel, &changes.ops, one_event)
 }
 
 fn run(
@@ -164,11 +175,14 @@ fn run(
 ) -> Result<(Simulated, Vec<String>, Vec<Simulated>), TestCaseError> {
     let (mut kernel, mut lines) = (Simulated::default(), Vec::new());
     let mut states = vec![kernel.clone()];
+    let mut pending = 0;
     for event in events.iter().chain([&Event::Flush]) {
         world.feed(model, event);
+        pending += 1;
         if matches!(event, Event::Flush) {
-            states.extend(flush(world, model, &mut kernel, &mut lines)?);
+            states.extend(flush(world, model, &mut kernel, &mut lines, pending <= 2)?);
             check(world, model, &kernel)?;
+            pending = 0;
         }
     }
     Ok((kernel, lines, states))
@@ -180,7 +194,7 @@ fn restore(lines: &[String], kernel: &Simulated) -> Result<Model, TestCaseError>
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 120, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
 
     #[test]
     fn tables_follow_the_reference(events in events(1..50)) {
@@ -201,7 +215,7 @@ proptest! {
             prop_assert_eq!((changes.ops, changes.errors), (vec![], vec![]));
         }
         world.clear(&mut model);
-        flush(&world, &mut model, &mut kernel, &mut lines)?;
+        flush(&world, &mut model, &mut kernel, &mut lines, false)?;
         prop_assert_eq!(&kernel, &Simulated::default(), "nothing is left behind");
         prop_assert_eq!(model.numbers(), Vec::<String>::new());
     }
@@ -222,7 +236,7 @@ proptest! {
         let changes = again.take_changes();
         prop_assert_eq!(changes.errors, vec![]);
         if keep_lines {
-            execute(&world, &mut kernel, &changes.ops)?;
+            execute(&world, &mut kernel, &changes.ops, false)?;
         } else {
             changes.ops.iter().for_each(|op| kernel.execute(op));
         }

@@ -254,7 +254,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => select(vec!["n1", "n2"]).prop_map(|name| Event::DeleteNode(name.into())),
         10 => pod_name().prop_map(Event::Endpoint),
         2 => pod_name().prop_map(Event::DeleteEndpoint),
-        6 => Just(Event::Flush),
+        18 => Just(Event::Flush),
     ]
 }
 
