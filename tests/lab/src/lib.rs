@@ -17,6 +17,7 @@ pub mod cluster;
 pub mod containerd;
 pub mod cri;
 pub mod csi;
+pub mod demo;
 pub mod enter;
 mod host;
 pub mod image;
@@ -27,6 +28,7 @@ pub mod probe;
 mod process;
 pub mod sh;
 pub mod standalone;
+pub mod story;
 
 pub use host::Host;
 pub use lab::Lab;

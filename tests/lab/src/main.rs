@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use keelway_lab::cluster::{self, Cluster, conformance, programs};
 use keelway_lab::enter::Enter;
-use keelway_lab::{Host, Lab, boot, clean, enter};
+use keelway_lab::{Host, Lab, boot, clean, demo, enter};
 
 #[derive(Parser)]
 #[command(about = "A lab of nodes on one machine: for tests, for the demos, and to look around in")]
@@ -29,6 +29,10 @@ enum Command {
         #[arg(long, default_value = "lab")]
         id: String,
     },
+    /// Keelway on two nodes without Kubernetes: every step and what was seen, in one table.
+    Demo,
+    /// The same story on a real Kubernetes.
+    DemoCluster,
     /// A real Kubernetes in the lab.
     #[command(subcommand)]
     Cluster(ClusterCommand),
@@ -78,6 +82,8 @@ enum ClusterCommand {
         #[arg(required = true, allow_hyphen_values = true)]
         argv: Vec<String>,
     },
+    /// Install Keelway, from this workspace's programs and manifests, and CoreDNS.
+    Install,
     /// Import an image archive on every node.
     Load {
         /// The archives.
@@ -114,6 +120,8 @@ fn run(command: Command) -> Result<i32> {
                 std::thread::park();
             }
         }
+        Command::Demo => return Ok(i32::from(!demo::run()?)),
+        Command::DemoCluster => return Ok(i32::from(!cluster::demo::run()?)),
         Command::Cluster(command) => return cluster(command),
         Command::Clean { all } => {
             for id in clean::leftovers(all)? {
@@ -152,6 +160,12 @@ fn cluster(command: ClusterCommand) -> Result<i32> {
             let mut all = nodes.chain([&cluster.control_plane, &cluster.lab.outside]);
             let host = all.find(|one| one.name == host).with_context(|| format!("no machine `{host}`"))?;
             return Ok(host.command(&argv)?.status()?.code().unwrap_or(1));
+        }
+        ClusterCommand::Install => {
+            let cluster = Cluster::open(cluster::ID)?;
+            cluster::install::keelway(&cluster)?;
+            cluster::demo::ready(&cluster)?;
+            cluster::install::coredns(&cluster)?;
         }
         ClusterCommand::Load { archives } => {
             let cluster = Cluster::open(cluster::ID)?;

@@ -193,13 +193,25 @@ impl Standalone {
 
     /// The same in a namespace.
     pub fn pod_in(&self, namespace: &str, number: usize, name: &str, labels: &[(&str, &str)]) -> Result<Pod> {
+        self.pod_with(namespace, number, name, labels, Vec::new())
+    }
+
+    /// The same with directories of the node mounted into it: (path on the node, path inside).
+    pub fn pod_with(
+        &self,
+        namespace: &str,
+        number: usize,
+        name: &str,
+        labels: &[(&str, &str)],
+        mounts: Vec<(String, String)>,
+    ) -> Result<Pod> {
         let spec = PodSpec {
             namespace: namespace.into(),
             name: name.into(),
             uid: format!("uid-of-{namespace}-{name}"),
             image: PROBE.into(),
             command: Vec::new(),
-            mounts: Vec::new(),
+            mounts,
         };
         let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let mut pod = Pod {
@@ -229,6 +241,12 @@ impl Standalone {
                  spec: {{nodeName: {node}}}\nstatus: {{phase: Running, podIPs: {ips}}}\n"
             ),
         )
+    }
+
+    /// Kills a pod's container with SIGKILL and leaves the pod; its Services are for the caller to write.
+    pub fn kill_container(&self, pod: &Pod) -> Result<()> {
+        let (_, cri) = self.runtimes.get(&pod.node).context("no runtime")?;
+        cri.kill_container(&pod.sandbox.container)
     }
 
     /// Ends a pod and removes its object.

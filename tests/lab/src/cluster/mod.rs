@@ -1,7 +1,9 @@
 //! A real, dual-stack Kubernetes in the lab: a control plane on a machine that is no node, kubelets on the nodes.
 pub mod conformance;
 mod control_plane;
+pub mod demo;
 mod images;
+pub mod install;
 mod kubelet;
 mod pki;
 pub mod programs;

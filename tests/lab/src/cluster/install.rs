@@ -1,0 +1,60 @@
+//! Keelway and CoreDNS into a cluster: the image from this workspace's programs, the manifests from `deploy/`.
+use anyhow::{Context, Result, ensure};
+
+use super::Cluster;
+use super::programs::root;
+use crate::cgroup;
+use crate::image::Image;
+use crate::sh;
+
+/// The image that the manifests name.
+pub const IMAGE: &str = "keelway/keelway:dev";
+
+/// What the CSI driver runs.
+const TOOLS: [&str; 7] = ["mkfs.ext4", "mkfs.xfs", "blkid", "e2fsck", "resize2fs", "xfs_growfs", "xfs_repair"];
+
+/// Builds the image, imports it on every node and applies the manifests.
+pub fn keelway(cluster: &Cluster) -> Result<()> {
+    let archive = cluster.lab.dir.join("keelway.tar");
+    let mut image = Image::new(IMAGE, &["keelway-agent"]);
+    for name in ["keelway-agent", "keelway-cni", "keelway-csi", "keelway"] {
+        image = image.file(&sh::own(name)?, &format!("/usr/local/bin/{name}"))?;
+    }
+    for name in TOOLS {
+        image = image.file(&sh::system(name)?, &format!("/usr/sbin/{name}"))?;
+    }
+    image.text("/etc/mke2fs.conf", &std::fs::read_to_string("/etc/mke2fs.conf").unwrap_or_default()).write(&archive)?;
+    cluster.import(&archive)?;
+    let rendered = cluster.kubectl(&["kustomize", &root().join("deploy").to_string_lossy()])?;
+    cluster.apply(&fit(&rendered, &cluster.server())?)
+}
+
+/// The manifests with this lab's two facts filled in, as the ConfigMap's comments ask: the API server's real address, and
+/// where the v2 tree is when v1 controllers are beside it.
+fn fit(rendered: &str, server: &str) -> Result<String> {
+    let hybrid = cgroup::hierarchies()?.len() > 1;
+    let root = "cgroup-root: /host/cgroup\n";
+    ensure!(rendered.contains(root), "deploy/agent/configmap.yaml no longer says `{}`", root.trim());
+    let (indent, _) = rendered.split_once(root).context("no cgroup-root")?;
+    let indent: String = indent.chars().rev().take_while(|c| *c == ' ').collect();
+    let mount = if hybrid { "/host/cgroup/unified" } else { "/host/cgroup" };
+    Ok(rendered.replace(root, &format!("cgroup-root: {mount}\n{indent}api-servers: {server}\n")))
+}
+
+/// Applies CoreDNS: two pods behind the Service that kubelets tell pods of.
+pub fn coredns(cluster: &Cluster) -> Result<()> {
+    let path = root().join("tests/cluster/coredns.yaml");
+    cluster.apply(&std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fit;
+
+    #[test]
+    fn fills_in_the_server() {
+        let fitted =
+            fit("data:\n  agent.yaml: |\n    cgroup-root: /host/cgroup\n    routing: vxlan\n", "https://h:1").unwrap();
+        assert!(fitted.contains("\n    api-servers: https://h:1\n    routing: vxlan\n"), "{fitted}");
+    }
+}
