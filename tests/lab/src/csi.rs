@@ -1,5 +1,6 @@
 //! A node's CSI driver, called over its socket as a kubelet and a provisioner call it.
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use hyper_util::rt::TokioIo;
@@ -10,11 +11,15 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint, Uri};
 
+use crate::node::Node;
+
 /// A client of one driver. Calls block.
 #[derive(Debug)]
 pub struct Csi {
     runtime: Runtime,
     channel: Channel,
+    /// The node's root directory, seen from outside.
+    root: PathBuf,
 }
 
 /// Where a volume's file system is on its node.
@@ -26,16 +31,18 @@ pub struct Volume {
 }
 
 impl Csi {
-    /// Dials the driver's socket, from outside the node.
-    pub fn connect(socket: &Path) -> Result<Self> {
+    /// Dials the driver's socket on a node, from outside the node.
+    pub fn connect(node: &Node, socket: &str) -> Result<Self> {
+        let socket = node.path(socket)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let path: PathBuf = socket.to_owned();
+        let path: PathBuf = socket.clone();
         let connector = tower::service_fn(move |_: Uri| {
             let path = path.clone();
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         });
         let dialled = runtime.block_on(Endpoint::from_static("http://localhost").connect_with_connector(connector));
-        Ok(Self { channel: dialled.with_context(|| format!("dialling {}", socket.display()))?, runtime })
+        let channel = dialled.with_context(|| format!("dialling {}", socket.display()))?;
+        Ok(Self { runtime, channel, root: node.path("/")? })
     }
 
     /// Makes a volume of this many bytes and stages it.
@@ -50,6 +57,8 @@ impl Csi {
         let made = self.runtime.block_on(controller.create_volume(request)).context("CreateVolume")?.into_inner();
         let id = made.volume.context("CreateVolume answered no volume")?.volume_id;
         let staging = format!("/var/lib/kubelet/plugins/kubernetes.io/csi/{name}/globalmount");
+        // The caller makes the staging directory, as a kubelet does, and the target's parent.
+        fs::create_dir_all(self.root.join(staging.trim_start_matches('/')))?;
         let request = csi::NodeStageVolumeRequest {
             volume_id: id.clone(),
             staging_target_path: staging.clone(),
@@ -64,6 +73,9 @@ impl Csi {
     /// Publishes a volume for a pod and returns the path on the node.
     pub fn publish(&self, volume: &Volume, pod: &str) -> Result<String> {
         let target = target(volume, pod);
+        fs::create_dir_all(
+            self.root.join(format!("var/lib/kubelet/pods/{pod}/volumes/kubernetes.io~csi/{}", volume.id)),
+        )?;
         let request = csi::NodePublishVolumeRequest {
             volume_id: volume.id.clone(),
             staging_target_path: volume.staging.clone(),

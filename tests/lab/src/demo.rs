@@ -1,6 +1,5 @@
 //! `make demo`: the whole of Keelway on two nodes without Kubernetes, each step shown by what was seen on the wire.
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -192,10 +191,9 @@ impl Demo<'_> {
             node.run(&["mkdir", "-p", "/var/lib/kubelet/plugins/local.csi.keelway.dev"])?;
             let mut driver =
                 node.spawn("csi", &[&driver, "--no-registration", "--node-name", &node.name, &endpoint])?;
-            let socket: PathBuf = node.path(DRIVER_SOCKET)?;
             let csi = wait_for("the driver", Duration::from_secs(10), || {
                 driver.check()?;
-                Csi::connect(&socket)
+                Csi::connect(node, DRIVER_SOCKET)
             })?;
             let volume = csi.create("demo", 64 << 20)?;
             let words = "written by the first pod";
@@ -206,7 +204,7 @@ impl Demo<'_> {
             let read = self.in_pod(&second, "cat /data/file && busybox df -T /data | busybox tail -1")?;
             self.remove_pod_with_volume(&csi, &volume, &second)?;
             csi.delete(&volume)?;
-            let left = node.run(&["find", "/var/lib/keelway/pool", "-type", "f", "-name", "*.img"]).unwrap_or_default();
+            let left = node.run(&["find", "/var/lib/keelway/pool", "-type", "f", "-size", "+1024k"])?;
             let mut lines = read.lines();
             let (text, mount) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
             let good = text == words && mount.contains("ext4") && left.is_empty();
