@@ -23,7 +23,7 @@ use keelway_maps::Datapath;
 use keelway_netlink::Handle as Netlink;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -51,6 +51,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     }
     let _lock = lock(&config)?;
+    // Before anything is touched: a port that is taken is how a kube-proxy shows that still runs.
+    let listeners = Listeners::bind(&config).await?;
     let cidrs = host::remembered_cidrs(&config.state_dir)?;
     // Without CIDRs from an earlier run there is nothing that could have been leased.
     let book = match cidrs.is_empty() {
@@ -104,7 +106,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         attachments: attachments.clone(),
     };
     tokio::spawn(host_task.run());
-    serve_http(&config, health, metrics, &engine, &status).await?;
+    serve_http(listeners, health, metrics, &engine, &status);
     let inspect =
         InspectService { engine: engine.clone(), source: status, config: config.clone(), network, host_problem };
     serve_api(&config, attachments.clone(), inspect)?;
@@ -156,19 +158,32 @@ async fn start_source(config: &Config, events: mpsc::Sender<Event>, status: Stat
     Ok(false)
 }
 
-async fn serve_http(
-    config: &Config,
-    health: Health,
-    metrics: Metrics,
-    engine: &Handle,
-    status: &Status,
-) -> anyhow::Result<()> {
-    if let Some(listen) = config.healthz_addr {
-        let listener = http::bind("healthz-addr", listen).await?;
+/// Where `/healthz`, `/livez` and `/metrics` are served, as far as they are.
+struct Listeners {
+    health: Option<TcpListener>,
+    metrics: Option<TcpListener>,
+}
+
+impl Listeners {
+    async fn bind(config: &Config) -> anyhow::Result<Self> {
+        let mut listeners = Self { health: None, metrics: None };
+        if let Some(listen) = config.healthz_addr {
+            let bound = http::bind("healthz-addr", listen).await;
+            let hint = "kube-proxy serves there too: it has to go before keelway-agent takes its place";
+            listeners.health = Some(bound.context(hint)?);
+        }
+        if let Some(listen) = config.metrics_addr {
+            listeners.metrics = Some(http::bind("metrics-addr", listen).await?);
+        }
+        Ok(listeners)
+    }
+}
+
+fn serve_http(listeners: Listeners, health: Health, metrics: Metrics, engine: &Handle, status: &Status) {
+    if let Some(listener) = listeners.health {
         tokio::spawn(http::serve(listener, http::health_routes(health, metrics.clone())));
     }
-    if let Some(listen) = config.metrics_addr {
-        let listener = http::bind("metrics-addr", listen).await?;
+    if let Some(listener) = listeners.metrics {
         let (engine, status) = (engine.clone(), status.clone());
         let runtime = tokio::runtime::Handle::current();
         let refresh: http::Refresh = Arc::new(move |metrics: &Metrics| {
@@ -185,7 +200,6 @@ async fn serve_http(
         });
         tokio::spawn(http::serve(listener, http::metrics_routes(metrics, refresh)));
     }
-    Ok(())
 }
 
 /// Binds the socket in place of a dead one. A living one is kept from us by [`lock`].

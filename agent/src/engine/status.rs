@@ -52,6 +52,7 @@ impl Engine {
             problems.push(error.to_string());
             Vec::new()
         });
+        problems.extend(self.datapath.others());
         let hooks = self.datapath.hooks();
         problems.extend(
             hooks

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use aya::programs::links::{CgroupAttachMode, FdLink};
 use aya::programs::tc::TcAttachOptions;
-use aya::programs::{LinkOrder as Order, TcAttachType};
+use aya::programs::{LinkOrder as Order, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
 use keelway_layout::Hook;
 
@@ -58,11 +58,13 @@ pub struct HookState {
 pub(crate) struct Attachments {
     pins: Pins,
     states: BTreeMap<(String, Hook), HookState>,
+    /// Programs of others on our devices, in words, by device.
+    others: BTreeMap<String, Vec<String>>,
 }
 
 impl Attachments {
     pub fn new(pins: Pins) -> Self {
-        Self { pins, states: BTreeMap::new() }
+        Self { pins, states: BTreeMap::new(), others: BTreeMap::new() }
     }
 
     fn pin(&self, name: &str) -> PathBuf {
@@ -121,7 +123,9 @@ impl Datapath {
     /// # Errors
     /// As [`Self::attach_cgroup`].
     pub fn attach_node(&mut self, device: &str) -> Result<(), Error> {
-        self.attach_device(device, Hook::NodeIngress, Hook::NodeEgress)
+        self.attach_device(device, Hook::NodeIngress, Hook::NodeEgress)?;
+        self.note_others(device);
+        Ok(())
     }
 
     /// Attaches the hooks of the tunnel's device.
@@ -170,6 +174,26 @@ impl Datapath {
             .cloned()
             .map(|state| HookState { alive: self.is_alive(&state), ..state })
             .collect()
+    }
+
+    /// Programs of others on the node's devices, in words: they run before or after ours, and may drop what ours let through.
+    pub fn others(&self) -> Vec<String> {
+        self.attachments.others.values().flatten().cloned().collect()
+    }
+
+    /// Notes who else is attached to a device. An error only means that the kernel does not tell.
+    fn note_others(&mut self, device: &str) {
+        let mut found = Vec::new();
+        for (direction, name) in [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")] {
+            let Ok((_, programs)) = SchedClassifier::query_tcx(device, direction) else { continue };
+            let names = programs.iter().map(|program| program.name_as_str().unwrap_or("?").to_owned());
+            let foreign = names.filter(|name| HOOKS.iter().all(|hook| hook.entry != name));
+            found.extend(foreign.map(|program| format!("{device}: the tcx {name} program {program:?} is another's")));
+        }
+        for other in &found {
+            tracing::warn!("{other}");
+        }
+        self.attachments.others.insert(device.to_owned(), found);
     }
 
     fn is_alive(&self, state: &HookState) -> bool {

@@ -6,6 +6,14 @@ pub enum Error {
     /// The agent was built without the BPF toolchain.
     #[error("this build carries no BPF programs: run `make setup` and build again")]
     NoObject,
+    /// The kernel is older than what is supported.
+    #[error("this kernel is Linux {found}, and {floor} or later is needed")]
+    OldKernel {
+        /// Its release.
+        found: String,
+        /// The oldest that is supported.
+        floor: &'static str,
+    },
     /// `--bpffs` is not a bpffs.
     #[error("--bpffs {path}: not a bpf file system (mount -t bpf bpf {path})")]
     NotBpffs {

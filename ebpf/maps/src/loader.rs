@@ -75,6 +75,7 @@ impl Datapath {
     /// See [`Error`]; nothing that ran before is changed.
     pub fn open(bpffs: &Path) -> Result<Self, Error> {
         let object = object()?;
+        check_kernel(&release())?;
         let pins = Pins::below(bpffs);
         pins.prepare(bpffs)?;
         pins.check_maps()?;
@@ -136,6 +137,21 @@ impl Datapath {
     }
 }
 
+fn release() -> String {
+    nix::sys::utsname::uname().map(|names| names.release().to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Linux 6.1 is the oldest for which every program is tried (`make kernels`). A release that does not read as one is let pass.
+fn check_kernel(release: &str) -> Result<(), Error> {
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) if (major, minor) < (6, 1) => {
+            Err(Error::OldKernel { found: release.to_owned(), floor: "6.1" })
+        }
+        _ => Ok(()),
+    }
+}
+
 fn missing(name: &str) -> Error {
     Error::Refused { what: name.into(), reason: "not in the object".into() }
 }
@@ -177,4 +193,20 @@ fn remove_tree(path: &Path, removed: &mut Vec<String>) -> std::io::Result<()> {
         }
     }
     std::fs::remove_dir(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_kernel;
+
+    #[test]
+    fn kernels_before_6_1_are_refused_by_name() {
+        for release in ["5.15.0-91-generic", "6.0.12", "4.19.0"] {
+            let error = check_kernel(release).expect_err(release).to_string();
+            assert!(error.contains(release) && error.contains("6.1"), "{error}");
+        }
+        for release in ["6.1.0-18-amd64", "6.12.3", "7.0", "unreadable"] {
+            check_kernel(release).expect(release);
+        }
+    }
 }
