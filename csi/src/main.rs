@@ -1,6 +1,7 @@
 //! `keelway-csi`: flags, and the order in which things start and stop.
 #![forbid(unsafe_code)]
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,6 +78,7 @@ fn main() -> anyhow::Result<()> {
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "keelway_csi=info,warn".into()),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let flags = Flags::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -156,10 +158,10 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     drop(registration);
     let _ = stop.send(true);
     let deadline = tokio::time::Instant::now() + STOP_WITHIN;
-    while shared.volumes.guards().count() > 0 && tokio::time::Instant::now() < deadline {
+    while shared.volumes.under_way() > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let left = shared.volumes.guards().count();
+    let left = shared.volumes.under_way();
     if left > 0 {
         tracing::warn!(left, "stopping with operations under way; the next start recovers them");
     }

@@ -17,9 +17,9 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::backend::{Attached, Backend, Images};
 use crate::error::{Context, Result};
-use crate::model::{Nonce, Record};
+use crate::model::{Nonce, Record, VolumeId};
 use crate::request::TargetPath;
-use crate::state::{Guards, Intent, Journal, Records, lock_directory};
+use crate::state::{Guard, Guards, Intent, Journal, Records, lock_directory};
 use crate::sys::mountinfo;
 
 /// The volumes of one node, and everything that it takes to work on them. Its methods block.
@@ -48,9 +48,25 @@ impl Volumes {
         Ok((Self { backend, records, journal, guards: Guards::default(), kubelet_dir, _lock: lock }, open))
     }
 
-    /// Who is at work on what.
-    pub fn guards(&self) -> &Guards {
-        &self.guards
+    /// Begins to work on a volume.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Busy`] when somebody does.
+    pub fn enter(&self, id: &VolumeId) -> Result<Guard> {
+        self.guards.enter(id.as_str())
+    }
+
+    /// Begins to make a volume of this name.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Busy`] when somebody does.
+    pub fn enter_name(&self, name: &str) -> Result<Guard> {
+        self.guards.enter(&format!("name {name}"))
+    }
+
+    /// How many operations are under way.
+    pub fn under_way(&self) -> usize {
+        self.guards.count()
     }
 
     /// Intents that have not ended.

@@ -13,6 +13,11 @@ impl Volumes {
     /// [`Error::Exists`], [`Error::NoSpace`], [`Error::Damaged`], [`Error::Io`].
     pub fn create(&self, request: Create) -> Result<Record> {
         if let Some(record) = self.records.named(&request.name) {
+            // It must not be removed between this answer and its making.
+            let _guard = self.enter(&record.id)?;
+            if self.records.find(&record.id).is_none() {
+                return Err(Error::Busy { what: format!("volume {}", record.id) });
+            }
             same(&record, &request)?;
             self.backend.check(&record)?;
             return Ok(record);

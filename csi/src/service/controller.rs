@@ -38,7 +38,7 @@ impl Controller for ControllerService {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<CreateVolumeResponse>, Status> {
         let create = request::Create::parse(request.into_inner(), &self.0.node).map_err(refuse)?;
-        let guard = self.0.enter("name", &create.name).map_err(refuse)?;
+        let guard = self.0.volumes.enter_name(&create.name).map_err(refuse)?;
         let record = self.0.run(Some(guard), move |volumes| volumes.create(create)).await?;
         Ok(Response::new(CreateVolumeResponse { volume: Some(self.volume(record)) }))
     }
@@ -53,7 +53,7 @@ impl Controller for ControllerService {
         }
         // An id that we never issued names a volume that is not there, which is what was asked for.
         if let Ok(id) = known_id(&id) {
-            let guard = self.0.enter("id", id.as_str()).map_err(refuse)?;
+            let guard = self.0.volumes.enter(&id).map_err(refuse)?;
             self.0.run(Some(guard), move |volumes| volumes.delete(&id)).await?;
         }
         Ok(Response::new(DeleteVolumeResponse {}))

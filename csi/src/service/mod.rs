@@ -39,10 +39,6 @@ impl Shared {
         csi::Topology { segments: [(TOPOLOGY_KEY.to_owned(), self.node.to_string())].into() }
     }
 
-    fn enter(&self, kind: &str, key: &str) -> Result<Guard> {
-        self.volumes.guards().enter(&format!("{kind} {key}"))
-    }
-
     /// Runs an operation on a thread that may block, to its end even when the caller goes away.
     async fn run<T: Send + 'static>(
         &self,

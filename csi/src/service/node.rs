@@ -27,7 +27,7 @@ impl Node for NodeService {
         request: Request<NodeStageVolumeRequest>,
     ) -> Result<Response<NodeStageVolumeResponse>, Status> {
         let stage = request::Stage::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
-        let guard = self.0.enter("id", stage.id.as_str()).map_err(refuse)?;
+        let guard = self.0.volumes.enter(&stage.id).map_err(refuse)?;
         let shared = self.0.clone();
         // A task of its own: between the steps there is a wait that a caller who goes away must not cut short.
         let task = tokio::spawn(async move {
@@ -43,7 +43,7 @@ impl Node for NodeService {
         request: Request<NodeUnstageVolumeRequest>,
     ) -> Result<Response<NodeUnstageVolumeResponse>, Status> {
         let unstage = request::Unstage::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
-        let guard = self.0.enter("id", unstage.id.as_str()).map_err(refuse)?;
+        let guard = self.0.volumes.enter(&unstage.id).map_err(refuse)?;
         self.0.run(Some(guard), move |volumes| volumes.unstage(&unstage)).await?;
         Ok(Response::new(NodeUnstageVolumeResponse {}))
     }
@@ -53,7 +53,7 @@ impl Node for NodeService {
         request: Request<NodePublishVolumeRequest>,
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
         let publish = request::Publish::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
-        let guard = self.0.enter("id", publish.id.as_str()).map_err(refuse)?;
+        let guard = self.0.volumes.enter(&publish.id).map_err(refuse)?;
         self.0.run(Some(guard), move |volumes| volumes.publish(&publish)).await?;
         Ok(Response::new(NodePublishVolumeResponse {}))
     }
@@ -63,7 +63,7 @@ impl Node for NodeService {
         request: Request<NodeUnpublishVolumeRequest>,
     ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
         let unpublish = request::Unpublish::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
-        let guard = self.0.enter("id", unpublish.id.as_str()).map_err(refuse)?;
+        let guard = self.0.volumes.enter(&unpublish.id).map_err(refuse)?;
         self.0.run(Some(guard), move |volumes| volumes.unpublish(&unpublish)).await?;
         Ok(Response::new(NodeUnpublishVolumeResponse {}))
     }

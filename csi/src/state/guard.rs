@@ -26,7 +26,7 @@ impl Guards {
         if held.insert(key.to_owned()) {
             return Ok(Guard { guards: self.clone(), key: key.to_owned() });
         }
-        Err(Error::Busy { what: format!("volume {key:?}") })
+        Err(Error::Busy { what: format!("volume {key}") })
     }
 
     /// How many operations are under way.
