@@ -331,6 +331,58 @@ async fn outages_deletions_and_failover() {
     seen.problems_become(<[_]>::is_empty).await;
 }
 
+/// The part of [`the_last_known_servers_are_dialled_in_cluster`] that runs in a mount namespace with a service account.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "is run by the_last_known_servers_are_dialled_in_cluster"]
+async fn in_cluster_part() {
+    let state_dir = PathBuf::from(std::env::var_os("STATE_DIR").expect("STATE_DIR"));
+    let (sender, events) = mpsc::channel(CHANNEL_CAPACITY);
+    let source = Kubernetes::in_cluster(&[], &state_dir).unwrap();
+    let status = Status::default();
+    tokio::spawn(source.run(sender, status.clone()));
+    let mut seen = Seen { events, status, all: Vec::new() };
+    seen.synced().await;
+    println!("described as {}", seen.status.description());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_known_servers_are_dialled_in_cluster() {
+    let programs = match programs() {
+        Ok(programs) if nix::unistd::geteuid().is_root() => programs,
+        Ok(_) => return eprintln!("skipped: a mount namespace of its own needs root"),
+        Err(reason) => return eprintln!("skipped: {reason}"),
+    };
+    let cluster = Cluster::start(programs, 1);
+    let rbac = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/agent/rbac.yaml");
+    cluster.kubectl(0, &["apply", "-f", rbac.to_str().unwrap()], "");
+    let port = cluster.servers[0].0;
+    let account = cluster.dir.path().join("account");
+    let state = cluster.dir.path().join("state");
+    std::fs::create_dir_all(&account).unwrap();
+    std::fs::create_dir_all(&state).unwrap();
+    std::fs::write(account.join("token"), "agent").unwrap();
+    std::fs::write(account.join("namespace"), "kube-system").unwrap();
+    std::fs::copy(cluster.dir.path().join("certs0/apiserver.crt"), account.join("ca.crt")).unwrap();
+    // The first one is dead; the in-cluster address leads nowhere.
+    let known = format!("{{\"servers\": [\"127.0.0.1:{}\", \"127.0.0.1:{port}\"]}}", free_port());
+    std::fs::write(state.join("api-servers.json"), known).unwrap();
+    let script = "mkdir -p /run/secrets && mount -t tmpfs none /run/secrets \
+        && mkdir -p /run/secrets/kubernetes.io && cp -r \"$ACCOUNT\" /run/secrets/kubernetes.io/serviceaccount \
+        && exec \"$0\" --exact in_cluster_part --ignored --nocapture";
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .env("ACCOUNT", &account)
+        .env("STATE_DIR", &state)
+        .env("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        .env("KUBERNETES_SERVICE_PORT", free_port().to_string())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains(&format!("described as kubernetes https://127.0.0.1:{port}")), "{text}");
+}
+
 #[tokio::test]
 async fn a_broken_kubeconfig_is_named_and_an_unreachable_server_is_a_problem_not_an_end() {
     let dir = tempfile::tempdir().unwrap();

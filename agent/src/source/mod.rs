@@ -18,7 +18,6 @@ use keelway_policy::model as policy;
 use keelway_proxy::model as proxy;
 use tokio::sync::mpsc;
 
-use crate::config::{Config, SourceConfig};
 pub use status::{KindStatus, Status};
 
 /// Events that may wait for the receiver.
@@ -172,38 +171,4 @@ pub trait Source: Send + 'static {
 
     /// Delivers events until the receiver is dropped. Failures are retried, and reported in the status.
     fn run(self, events: mpsc::Sender<Event>, status: Status) -> impl Future<Output = ()> + Send;
-}
-
-/// A source cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum SourceError {
-    /// The Kubernetes API.
-    #[error(transparent)]
-    Kube(#[from] kube::KubeError),
-    /// A directory.
-    #[error(transparent)]
-    Manifests(#[from] manifests::ManifestsError),
-}
-
-/// Starts the source that `config` names. It stops when the receiver is dropped.
-///
-/// # Errors
-/// What the source needs and does not have; an API server that does not answer is none of it.
-pub async fn start(config: &Config, status: &Status) -> Result<mpsc::Receiver<Event>, SourceError> {
-    let (sender, receiver) = mpsc::channel(CHANNEL_CAPACITY);
-    match &config.source {
-        SourceConfig::InCluster { api_servers } => {
-            spawn(kube::Kubernetes::in_cluster(api_servers, &config.state_dir)?, sender, status);
-        }
-        SourceConfig::Kubeconfig { path, api_servers } => {
-            spawn(kube::Kubernetes::kubeconfig(path, api_servers).await?, sender, status);
-        }
-        SourceConfig::Manifests { dir } => spawn(manifests::Manifests::open(dir)?, sender, status),
-    }
-    Ok(receiver)
-}
-
-fn spawn(source: impl Source, events: mpsc::Sender<Event>, status: &Status) {
-    status.describe(source.describe());
-    tokio::spawn(source.run(events, status.clone()));
 }
