@@ -105,6 +105,7 @@ state = "/run/containerd"
     conf_dir = "/etc/cni/net.d"
 "#;
 
+/// `lo` is the runtime's business; without this it wants the `loopback` plugin that distributions install beside it.
 const V3: &str = r#"version = 3
 root = "/var/lib/containerd"
 state = "/run/containerd"
@@ -117,4 +118,5 @@ state = "/run/containerd"
   [plugins.'io.containerd.cri.v1.runtime'.cni]
     bin_dirs = ["/opt/cni/bin"]
     conf_dir = "/etc/cni/net.d"
+    use_internal_loopback = true
 "#;

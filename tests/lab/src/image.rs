@@ -103,7 +103,7 @@ impl Image {
         let config = json!({
             "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
             "os": "linux",
-            "config": {"Entrypoint": self.entrypoint, "Env": ["PATH=/:/usr/sbin:/usr/bin:/sbin:/bin"]},
+            "config": {"Entrypoint": self.entrypoint, "Env": ["PATH=/:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
             "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex(&layer))]},
         });
         let config = serde_json::to_vec(&config)?;

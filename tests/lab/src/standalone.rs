@@ -170,6 +170,23 @@ impl Standalone {
         Ok(())
     }
 
+    /// A power cut, and the boot after it: containerd and the agent run again, no pod does.
+    pub fn reboot(&mut self, number: usize) -> Result<()> {
+        // Their processes end with the node; what is left of these values must not reach for those of the next boot.
+        self.runtimes.remove(&number);
+        self.agents.lock().expect("nobody panics with this lock").remove(&number);
+        let node = self.lab.node(number);
+        node.kill_node()?;
+        node.boot_node()?;
+        self.start_runtime(number, &[])?;
+        self.start_agent(number)
+    }
+
+    /// The runtime of a node.
+    pub fn cri(&self, number: usize) -> Result<&Cri> {
+        Ok(&self.runtimes.get(&number).context("no runtime")?.1)
+    }
+
     /// What `keelway status -o json` says on a node.
     pub fn status(&self, number: usize) -> Result<serde_json::Value> {
         let keelway = sh::own("keelway")?.display().to_string();
