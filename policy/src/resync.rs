@@ -17,5 +17,6 @@ impl Model {
         self.dirty.subjects.extend(dump.rules.iter().map(|(key, _)| key.subject));
         self.dirty.subjects.extend(dump.cidrs.iter().map(|(key, _)| key.subject));
         self.dirty.endpoints.extend(before.endpoints.into_keys());
+        self.dirty.endpoints.extend(dump.endpoints.iter().map(|endpoint| endpoint.uid.clone()));
     }
 }

@@ -58,6 +58,8 @@ pub struct World {
     pub policies: BTreeMap<ObjectName, NetworkPolicy>,
     pub nodes: BTreeMap<String, Node>,
     pub endpoints: BTreeMap<String, Endpoint>,
+    /// Addresses that pods had since the last writes.
+    pub former: BTreeMap<ObjectName, Vec<IpAddr>>,
 }
 
 impl World {
@@ -82,11 +84,14 @@ impl World {
                 model.delete_namespace(&name);
             }
             Event::Pod(pod) => {
-                self.pods.insert(pod.name.clone(), pod.clone());
+                let old = self.pods.insert(pod.name.clone(), pod.clone());
+                let former = self.former.entry(pod.name.clone()).or_default();
+                former.extend(old.into_iter().chain([pod.clone()]).flat_map(|pod| pod.addresses));
                 model.upsert_pod(pod);
             }
             Event::DeletePod(name) => {
-                self.pods.remove(&name);
+                let old = self.pods.remove(&name);
+                self.former.entry(name.clone()).or_default().extend(old.into_iter().flat_map(|pod| pod.addresses));
                 model.delete_pod(&name);
             }
             Event::Policy(policy) => {
@@ -134,7 +139,7 @@ impl World {
     }
 
     pub fn clear(&mut self, model: &mut Model) {
-        let Self { namespaces, pods, policies, nodes, endpoints } = std::mem::take(self);
+        let Self { namespaces, pods, policies, nodes, endpoints, former: _ } = std::mem::take(self);
         pods.keys().for_each(|name| model.delete_pod(name));
         namespaces.keys().for_each(|name| model.delete_namespace(name));
         endpoints.keys().for_each(|uid| model.delete_endpoint(uid));
