@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use keelway_cni::install::{BINARY_FILE, CONFLIST_FILE, Conflist, install_binary, install_conflist};
 
-use crate::config::{self, ConfigError, InstallCniArgs};
+use crate::config::{ConfigError, InstallCniArgs, PluginConfig};
 
 /// The plugin is not installed.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +67,7 @@ pub fn install(args: &InstallCniArgs) -> anyhow::Result<()> {
 /// # Errors
 /// The first step that failed; those after it are not tried.
 pub fn perform(args: &InstallCniArgs) -> Result<Installed, InstallError> {
-    let grace = config::parse_duration("status-grace", &args.status_grace)?;
+    let agent = PluginConfig::load(args)?;
     let (before, after) = foreign(&args.conf_dir)?;
     if !before.is_empty() && !args.allow_foreign_cni {
         return Err(InstallError::Foreign { dir: args.conf_dir.clone(), files: before.join(", ") });
@@ -86,9 +86,9 @@ pub fn perform(args: &InstallCniArgs) -> Result<Installed, InstallError> {
         source,
     })?;
     let conflist = Conflist {
-        socket: Some(args.run_dir.join("agent.sock")),
-        state_dir: Some(args.state_dir.clone()),
-        status_grace_seconds: Some(grace.as_secs()),
+        socket: Some(agent.run_dir.join("agent.sock")),
+        state_dir: Some(agent.state_dir),
+        status_grace_seconds: Some(agent.status_grace.as_secs()),
         ..Conflist::default()
     };
     let conflist = install_conflist(&args.conf_dir, &conflist).map_err(|source| InstallError::System {
@@ -138,16 +138,19 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::config::Text;
 
     fn args(dir: &Path) -> InstallCniArgs {
         std::fs::write(dir.join("plugin"), "binary").unwrap();
+        std::fs::write(dir.join("agent.yaml"), "status-grace: 90s\nrun-dir: /run/other\nmtu: 1400\n").unwrap();
         InstallCniArgs {
             bin_dir: dir.join("bin"),
             conf_dir: dir.join("net.d"),
             from: Some(dir.join("plugin")),
-            run_dir: "/run/kw".into(),
-            state_dir: "/var/lib/kw".into(),
-            status_grace: "90s".to_owned(),
+            config: Some(dir.join("agent.yaml")),
+            run_dir: Some(Text("/run/kw".to_owned())),
+            state_dir: None,
+            status_grace: None,
             allow_foreign_cni: false,
         }
     }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::flags::{Flags, Text};
-use super::{Config, Host, Listen, PortRange, Routing, SourceConfig};
+use super::{Config, Host, Listen, PluginConfig, PortRange, Routing, SourceConfig};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -60,13 +60,14 @@ const MTU_RANGE: std::ops::RangeInclusive<u32> = 1280..=65535;
 
 /// Checks `flags` over `file`.
 pub(super) fn check(flags: &Flags, file: &Flags, host: &Host) -> Result<Config, ConfigError> {
+    let plugin = check_plugin(flags, file)?;
     Ok(Config {
         source: source(flags, file)?,
         node_name: node_name(over(&flags.node_name, &file.node_name), host)?,
         cgroup_root: cgroup_root(over(&flags.cgroup_root, &file.cgroup_root), host)?,
         bpffs: path("bpffs", over(&flags.bpffs, &file.bpffs), "/sys/fs/bpf")?,
-        state_dir: path("state-dir", over(&flags.state_dir, &file.state_dir), "/var/lib/keelway")?,
-        run_dir: path("run-dir", over(&flags.run_dir, &file.run_dir), "/run/keelway")?,
+        state_dir: plugin.state_dir,
+        run_dir: plugin.run_dir,
         routing: routing(over(&flags.routing, &file.routing))?,
         devices: devices(over(&flags.devices, &file.devices))?,
         mtu: mtu(over(&flags.mtu, &file.mtu))?,
@@ -74,6 +75,15 @@ pub(super) fn check(flags: &Flags, file: &Flags, host: &Host) -> Result<Config, 
         snat_ports: snat_ports(over(&flags.snat_ports, &file.snat_ports))?,
         metrics_addr: listen("metrics-addr", over(&flags.metrics_addr, &file.metrics_addr), "127.0.0.1:9965")?,
         healthz_addr: listen("healthz-addr", over(&flags.healthz_addr, &file.healthz_addr), ":10256")?,
+        status_grace: plugin.status_grace,
+    })
+}
+
+/// Checks what the CNI plugin has to know of the agent, of `flags` over `file`.
+pub(super) fn check_plugin(flags: &Flags, file: &Flags) -> Result<PluginConfig, ConfigError> {
+    Ok(PluginConfig {
+        state_dir: path("state-dir", over(&flags.state_dir, &file.state_dir), "/var/lib/keelway")?,
+        run_dir: path("run-dir", over(&flags.run_dir, &file.run_dir), "/run/keelway")?,
         status_grace: duration("status-grace", over(&flags.status_grace, &file.status_grace), "5m")?,
     })
 }
@@ -236,14 +246,7 @@ fn listen(field: &'static str, value: Option<&str>, default: &str) -> Result<Opt
 }
 
 fn duration(field: &'static str, value: Option<&str>, default: &str) -> Result<Duration, ConfigError> {
-    parse_duration(field, value.unwrap_or(default))
-}
-
-/// A whole number of seconds, minutes or hours.
-///
-/// # Errors
-/// Names `field`, the value and what was expected.
-pub fn parse_duration(field: &'static str, value: &str) -> Result<Duration, ConfigError> {
+    let value = value.unwrap_or(default);
     let split = value.find(|c: char| !c.is_ascii_digit()).unwrap_or(value.len());
     let (number, unit) = value.split_at(split);
     let factor: Option<u64> = match unit {

@@ -182,17 +182,21 @@ pub struct InstallCniArgs {
     #[arg(long, value_name = "FILE")]
     pub from: Option<PathBuf>,
 
-    /// The agent's run directory on the node: the configuration names agent.sock in it.
-    #[arg(long, value_name = "DIR", default_value = "/run/keelway")]
-    pub run_dir: PathBuf,
+    /// The agent's configuration file, for run-dir, state-dir and status-grace. [default: /etc/keelway/agent.yaml, if there]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
 
-    /// The agent's state directory on the node: DELs wait there while no agent runs.
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/keelway")]
-    pub state_dir: PathBuf,
+    /// The agent's run directory on the node: the configuration names agent.sock in it. [default: /run/keelway]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<Text>,
 
-    /// How long STATUS stays good while no agent runs.
-    #[arg(long, value_name = "DURATION", default_value = "5m")]
-    pub status_grace: String,
+    /// The agent's state directory on the node: DELs wait there while no agent runs. [default: /var/lib/keelway]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<Text>,
+
+    /// How long STATUS stays good while no agent runs. [default: 5m]
+    #[arg(long, value_name = "DURATION")]
+    pub status_grace: Option<Text>,
 
     /// Install although another plugin's configuration is there.
     #[arg(long)]

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use check::{ConfigError, parse_duration};
+pub use check::ConfigError;
 pub use flags::{CleanupArgs, Cli, Command, Flags, InstallCniArgs, Text};
 pub use host::Host;
 
@@ -118,6 +118,33 @@ pub struct Config {
     pub healthz_addr: Option<Listen>,
     /// For how long `keelway-cni` STATUS stays good without an agent.
     pub status_grace: Duration,
+}
+
+/// What the CNI plugin has to know of the agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PluginConfig {
+    /// As in [`Config`].
+    pub state_dir: PathBuf,
+    /// As in [`Config`].
+    pub run_dir: PathBuf,
+    /// As in [`Config`].
+    pub status_grace: Duration,
+}
+
+impl PluginConfig {
+    /// What an `install-cni` is told, over the agent's file.
+    ///
+    /// # Errors
+    /// The first setting that cannot be used, by name, with its value and what was expected.
+    pub fn load(args: &InstallCniArgs) -> Result<Self, ConfigError> {
+        let flags = Flags {
+            run_dir: args.run_dir.clone(),
+            state_dir: args.state_dir.clone(),
+            status_grace: args.status_grace.clone(),
+            ..Flags::default()
+        };
+        check::check_plugin(&flags, &host::read_file(args.config.as_deref())?)
+    }
 }
 
 impl Config {
