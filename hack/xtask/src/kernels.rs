@@ -19,6 +19,7 @@ const IMAGE_LIMIT: Duration = Duration::from_secs(10 * 60);
 const BOOT_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// The program that asks the guest's verifier about every BPF program.
 const LOAD: &str = "keelway-kernel-load";
+const CNITOOL: &str = "github.com/containernetworking/cni/cnitool";
 
 /// Boots the named kernels, or all of them; `Ok(false)` when a check failed in one.
 pub fn run(names: &[String]) -> anyhow::Result<bool> {
@@ -46,16 +47,40 @@ fn target_directory() -> PathBuf {
 
 /// Builds what the guests run; the arguments for `tests/kernels/image`.
 fn build(work: &Path) -> anyhow::Result<Vec<String>> {
-    println!("==> building the BPF object and the guests' programs");
-    let object = work.join("keelway.bpf");
-    let bpf_target = target_directory().join("bpf");
-    let (object_path, bpf_path) = (object.display().to_string(), bpf_target.display().to_string());
-    step("bpf", &["hack/build-bpf", &object_path, &bpf_path], work, BUILD_LIMIT)?;
-    let flags = ["cargo", "rustc", "--locked", "--release", "--package=keelway-kernel-tests", "--bin", LOAD];
-    let flags = [&flags[..], &["--", "-Ctarget-feature=+crt-static"]].concat();
-    step("programs", &flags, work, BUILD_LIMIT)?;
+    println!("==> building the programs, the agent twice");
+    let object = work.join("keelway.bpf").display().to_string();
+    let bpf_target = target_directory().join("bpf").display().to_string();
+    step("bpf", &["hack/build-bpf", &object, &bpf_target], work, BUILD_LIMIT)?;
+    let load = ["cargo", "rustc", "--locked", "--release", "--package=keelway-kernel-tests", "--bin", LOAD];
+    step("load", &[&load[..], &["--", "-Ctarget-feature=+crt-static"]].concat(), work, BUILD_LIMIT)?;
+    step("build", &["hack/build"], work, BUILD_LIMIT)?;
+    // The agent of the debug profile is the other build that takes over from the first.
+    step("other", &["cargo", "build", "--locked", "--package=keelway-agent"], work, BUILD_LIMIT)?;
+    let other = work.join("keelway-agent-other").display().to_string();
+    let debug = target_directory().join("debug/keelway-agent").display().to_string();
+    step("strip", &["strip", "-o", &other, &debug], work, BUILD_LIMIT)?;
+    step(
+        "cnitool",
+        &["go", "-C", "tests/cluster/tools/cni", "build", "-o", &absolute(work, "cnitool")?, CNITOOL],
+        work,
+        BUILD_LIMIT,
+    )?;
+
     let release = target_directory().join("release");
-    Ok(vec![format!("{object_path}=keelway.bpf"), format!("{}={LOAD}", release.join(LOAD).display())])
+    let mut programs = vec![format!("{object}=keelway.bpf"), format!("{other}=keelway-agent-other")];
+    for name in [LOAD, "keelway-agent", "keelway-cni", "keelway", "keelway-probe"] {
+        programs.push(format!("{}={name}", release.join(name).display()));
+    }
+    programs.push(format!("{}=cnitool", work.join("cnitool").display()));
+    for tool in ["ip", "bpftool"] {
+        programs.push(format!("/usr/sbin/{tool}={tool}"));
+    }
+    Ok(programs)
+}
+
+/// A path below `work` that holds in any directory.
+fn absolute(work: &Path, name: &str) -> anyhow::Result<String> {
+    Ok(std::env::current_dir()?.join(work).join(name).display().to_string())
 }
 
 /// Runs a command that has to succeed; what it printed.
@@ -80,7 +105,7 @@ fn boot(series: &str, work: &Path, programs: &[String]) -> anyhow::Result<Row> {
     let (kernel, initrd) = (format!("{out}/vmlinuz"), format!("{out}/initrd"));
     #[rustfmt::skip]
     let qemu = [
-        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048", "-nographic",
+        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "3072", "-nographic",
         "-no-reboot", "-nic", "none", "-device", "virtio-rng-pci", "-kernel", &kernel, "-initrd", &initrd,
         "-append", "console=ttyS0 quiet loglevel=3 panic=-1",
     ];
