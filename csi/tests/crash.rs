@@ -10,6 +10,7 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use common::{Calls, Driver, MIB, block, create, mount};
@@ -40,8 +41,8 @@ fn changes(pid: Pid, regs: &libc::user_regs_struct) -> bool {
     }
 }
 
-/// Lets the process run, and kills it when it enters the `at`-th change. Returns when it is gone.
-fn trace(pid: u32, at: usize, seen: &AtomicUsize) {
+/// Lets the process run, and kills it when it enters the `at`-th change. Says when it watches; returns when it is gone.
+fn trace(pid: u32, at: usize, seen: &AtomicUsize, watching: &Sender<()>) {
     let pid = Pid::from_raw(pid as i32);
     let mut seized = std::collections::BTreeSet::new();
     loop {
@@ -60,6 +61,7 @@ fn trace(pid: u32, at: usize, seen: &AtomicUsize) {
             break;
         }
     }
+    watching.send(()).unwrap();
     // This thread's tracees only: other tests have children, too.
     let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
     loop {
@@ -143,10 +145,12 @@ async fn live_and_die(capability: VolumeCapability, at: usize) -> usize {
     let mut driver = Driver::new();
     let pid = driver.start();
     let seen = Arc::new(AtomicUsize::new(0));
+    let (watching, watched) = channel();
     let tracer = {
         let seen = seen.clone();
-        std::thread::spawn(move || trace(pid, at, &seen))
+        std::thread::spawn(move || trace(pid, at, &seen, &watching))
     };
+    watched.recv().unwrap();
     let mut calls = Calls::new(&driver, "", capability);
     let mut killed = false;
     for step in LIFE {

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
@@ -16,6 +17,8 @@ const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLI
 /// A target belongs to the kubelet; pods reach it through their own mounts.
 const DIRECTORY: Mode = Mode::from_raw_mode(0o750);
 const FILE: Mode = Mode::from_raw_mode(0o660);
+/// How long a mount may be busy before it counts as in use.
+const LOOKERS: Duration = Duration::from_millis(250);
 /// The most mounts taken from one target. One is what there should be; older drivers stacked them.
 const MAX_STACK: usize = 64;
 
@@ -164,7 +167,14 @@ impl Target {
             // By way of the parent: a descriptor of the mount itself would keep it busy.
             let fd = self.parent.as_raw_fd();
             let path = PathBuf::from(format!("/proc/self/fd/{fd}")).join(&self.name);
-            rustix::mount::unmount(&path, UnmountFlags::NOFOLLOW).map_err(|error| self.io("unmount", error))?;
+            let start = Instant::now();
+            while let Err(error) = rustix::mount::unmount(&path, UnmountFlags::NOFOLLOW) {
+                // Who only looks, as a monitor does, or forks, is through in a moment.
+                if error != Errno::BUSY || start.elapsed() > LOOKERS {
+                    return Err(self.io("unmount", error));
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
         Err(self.io("unmount", Errno::BUSY))
     }
