@@ -104,7 +104,7 @@ impl AttachmentService {
             book: Arc::new(Mutex::new(book)),
             leases: leases_path(state_dir),
             locks: Arc::default(),
-            pending: state_dir.join("cni-del"),
+            pending: state_dir.join(pending::DIRECTORY),
             warm_until,
         }
     }

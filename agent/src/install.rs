@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use keelway_cni::install::{BINARY_FILE, CONFLIST_FILE, Conflist, install_binary, install_conflist};
+use keelway_cni::pending;
 
 use crate::config::{ConfigError, InstallCniArgs, PluginConfig};
 
@@ -87,7 +88,7 @@ pub fn perform(args: &InstallCniArgs) -> Result<Installed, InstallError> {
     })?;
     let conflist = Conflist {
         socket: Some(agent.run_dir.join("agent.sock")),
-        state_dir: Some(agent.state_dir),
+        state_dir: Some(agent.state_dir.join(pending::DIRECTORY)),
         status_grace_seconds: Some(agent.status_grace.as_secs()),
         ..Conflist::default()
     };

@@ -13,6 +13,8 @@ use sha2::Digest as _;
 use crate::install::{sync_dir, write_atomically};
 use crate::lease::LeaseKey;
 
+/// Where they wait, below the agent's state directory.
+pub const DIRECTORY: &str = "cni-del";
 /// How many DELs wait at most; one more is told to try again later.
 pub const CAPACITY: usize = 16_384;
 

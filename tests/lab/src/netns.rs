@@ -51,6 +51,8 @@ pub fn plug(id: &str, host: &str, number: u8) -> Result<()> {
     run(&["ip", "netns", "add", &ns])?;
     run(&["ip", "-n", &ns, "link", "set", "lo", "up"])?;
     run(&["ip", "-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &ns])?;
+    // As a real card's, it is the same after a power cut: the neighbours still know it.
+    run(&["ip", "-n", &ns, "link", "set", "eth0", "address", &format!("02:4b:57:00:00:{number:02x}")])?;
     run(&["ip", "-n", &switch, "link", "set", &port, "master", "switch", "up"])?;
     run(&["ip", "-n", &ns, "addr", "add", &format!("{}/24", v4(number)), "dev", "eth0"])?;
     run(&["ip", "-n", &ns, "addr", "add", &format!("{}/64", v6(number)), "dev", "eth0", "nodad"])?;

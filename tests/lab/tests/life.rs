@@ -35,7 +35,9 @@ fn traces(s: &Standalone, number: usize) -> Vec<String> {
     let node = s.node(number);
     let mut found = Vec::new();
     for link in node.run(&["ip", "-o", "link"]).unwrap().lines() {
-        found.extend(link.split(' ').nth(1).filter(|name| name.starts_with("kw") || name.starts_with("keelway")).map(Into::into));
+        found.extend(
+            link.split(' ').nth(1).filter(|name| name.starts_with("kw") || name.starts_with("keelway")).map(Into::into),
+        );
     }
     for family in ["-4", "-6"] {
         let routes = node.run(&["ip", family, "route", "show", "proto", "75"]).unwrap();
