@@ -1,6 +1,8 @@
 # Thin names over cargo and the scripts of hack/; each target says what it does while it runs.
-.PHONY: help setup build test lint kernels clean
+.PHONY: help setup build test lint lab demo demo-cluster conformance-network cluster-programs kernels clean
 .DEFAULT_GOAL := help
+
+LAB := target/release/keelway-lab
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -9,13 +11,29 @@ setup: ## prepare a Debian 12 machine; quick when nothing is missing
 	@hack/setup
 
 build: setup ## build every program into target/release
-	hack/build
+	@hack/build
 
 test: setup ## run every suite; ends in a table
 	@cargo xtask test
 
 lint: ## format, walls, scripts, licences and clippy
 	@cargo xtask test format walls scripts "licences and bans" clippy
+
+lab: build ## two nodes to look around in, until Ctrl-C
+	@$(LAB) lab
+
+demo: build ## the whole story on two nodes without Kubernetes; ends in a table
+	@$(LAB) demo
+
+cluster-programs: build ## build etcd, Kubernetes, containerd, CoreDNS, the CSI sidecars into the cache (11 min once)
+	@$(LAB) cluster build
+
+demo-cluster: cluster-programs ## the same on a real Kubernetes
+	@$(LAB) demo-cluster
+
+conformance-network: build ## upstream's [sig-network] conformance specs on a real Kubernetes
+	@$(LAB) cluster build --suite
+	@hack/conformance-network
 
 kernels: setup ## load and run the data plane on Debian's 6.1 and 6.12 kernels under QEMU
 	@cargo xtask kernels

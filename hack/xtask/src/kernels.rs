@@ -72,7 +72,7 @@ fn build(work: &Path) -> anyhow::Result<Vec<String>> {
         programs.push(format!("{}={name}", release.join(name).display()));
     }
     programs.push(format!("{}=cnitool", work.join("cnitool").display()));
-    for tool in ["ip", "bpftool"] {
+    for tool in ["ip", "tc", "bpftool"] {
         programs.push(format!("/usr/sbin/{tool}={tool}"));
     }
     Ok(programs)

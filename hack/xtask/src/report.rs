@@ -1,5 +1,6 @@
 //! Tables for people and `target/report/<name>.json` for programs.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context;
@@ -89,8 +90,9 @@ impl Report {
             out += &format!("{:width$}  {:>6}  {failed:>6}  {skipped:>7}  {:>7.1}\n", row.what, row.ours, row.seconds);
         }
         for row in &self.rows {
-            for reason in &row.skipped {
-                out += &format!("skipped: {}: {reason}\n", row.what);
+            for (reason, count) in grouped(&row.skipped) {
+                let times = if count > 1 { format!("{count} times: ") } else { String::new() };
+                out += &format!("skipped: {}: {times}{reason}\n", row.what);
             }
         }
         let passed: usize = self.rows.iter().map(|row| row.ours).sum();
@@ -103,6 +105,16 @@ impl Report {
     pub fn passed(&self) -> bool {
         self.rows.iter().all(|row| row.failed() == 0)
     }
+}
+
+/// The reasons with how often each is given. Of many that end alike, upstream's suites for one, the end is shown.
+fn grouped(skipped: &[String]) -> BTreeMap<&str, usize> {
+    let mut groups = BTreeMap::new();
+    for line in skipped {
+        let reason = line.rsplit_once(" skipped - ").map_or(line.as_str(), |(_, reason)| reason);
+        *groups.entry(reason).or_default() += 1;
+    }
+    groups
 }
 
 #[cfg(test)]
@@ -131,5 +143,13 @@ mod tests {
         let row = Row::new("lab", 0, 0, vec!["no root".to_owned()], 0.0);
         assert!(!row.met);
         assert!(report(vec![row]).passed());
+    }
+
+    #[test]
+    fn many_skips_for_one_reason_are_one_line() {
+        let skipped = ["a: skipped - no snapshots", "b: skipped - no snapshots", "c: needs root"].map(str::to_owned);
+        let table = report(vec![Row::new("sanity", 1, 0, skipped.to_vec(), 1.0)]).table();
+        assert!(table.contains("skipped: sanity: 2 times: no snapshots\nskipped: sanity: c: needs root\n"), "{table}");
+        assert!(table.ends_with("1 passed, 0 failed, 3 skipped\n"), "{table}");
     }
 }

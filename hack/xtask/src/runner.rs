@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,7 @@ pub fn run(title: &str, command: &[&str], log: &Path, limit: Duration) -> anyhow
     // A group of its own, so that what the tests started goes with them when the time is up.
     let mut child = Command::new(program)
         .args(arguments)
+        .env("KEELWAY_BIN", release_directory()?)
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
         .stderr(file.try_clone()?)
@@ -59,6 +60,12 @@ pub fn run(title: &str, command: &[&str], log: &Path, limit: Duration) -> anyhow
     };
     let output = String::from_utf8_lossy(&std::fs::read(log)?).into_owned();
     Ok(Outcome { success: status.is_some_and(|s| s.success()), output, seconds: started.elapsed().as_secs_f64() })
+}
+
+/// Where the lab's tests find the programs that `hack/build` made.
+fn release_directory() -> anyhow::Result<PathBuf> {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
+    Ok(std::path::absolute(target.join("release"))?)
 }
 
 /// First asks the group to end, so that tests can clean up, then makes it.

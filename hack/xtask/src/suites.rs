@@ -69,6 +69,14 @@ const SUITES: &[Suite] = &[
     },
     Suite { name: "clippy", command: &["hack/clippy"], judge: Judge::Status, needs: None, limit: minutes(30) },
     Suite {
+        // The lab's nodes run these, as a user's nodes would.
+        name: "build",
+        command: &["hack/build"],
+        judge: Judge::Status,
+        needs: None,
+        limit: minutes(40),
+    },
+    Suite {
         // As root: the tests of the crates that speak to the kernel make namespaces and maps of their own.
         name: "unit and property tests",
         command: &[
