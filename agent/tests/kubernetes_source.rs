@@ -209,8 +209,13 @@ impl Seen {
     }
 
     async fn synced(&mut self) {
-        while !self.status.synced() {
+        for _ in Kind::ALL {
             self.until("sync", |event| matches!(event, Event::Synced(_))).await;
+        }
+        let until = Instant::now() + PATIENCE;
+        while !self.status.synced() {
+            assert!(Instant::now() < until, "the status does not say so");
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 

@@ -69,9 +69,9 @@ impl Status {
         self.lock().kinds.entry(kind).or_default().objects = objects as u64;
     }
 
-    /// The first full list of `kind` has been delivered. Whether this is news.
-    pub fn set_synced(&self, kind: Kind) -> bool {
-        !std::mem::replace(&mut self.lock().kinds.entry(kind).or_default().synced, true)
+    /// The first full list of `kind` has been delivered.
+    pub fn set_synced(&self, kind: Kind) {
+        self.lock().kinds.entry(kind).or_default().synced = true;
     }
 
     /// Something went wrong with `about`. Whether that was not known yet in these words.

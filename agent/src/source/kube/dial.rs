@@ -89,11 +89,14 @@ impl Dialer {
         Client::new(service, self.0.base.default_namespace.clone())
     }
 
-    async fn send(self, request: Request<Body>) -> Result<Response<Body>, ::kube::Error> {
+    async fn send(self, mut request: Request<Body>) -> Result<Response<Body>, ::kube::Error> {
         let server = {
             let servers = self.lock();
             servers.all[servers.current].clone()
         };
+        if let Some(uri) = newest(request.uri()) {
+            *request.uri_mut() = uri;
+        }
         let kind = request.uri().path().rsplit('/').next().and_then(kind_of_path);
         let answer = server.client.send(request).await;
         match &answer {
@@ -124,6 +127,20 @@ impl Servers {
     }
 }
 
+/// The same request without `resourceVersion=0`, where it is that of a streaming list. With it the server may begin at any
+/// state that it has cached: a policy that was there before the agent asked could be missing after the first list.
+/// Without it the server answers as new as its store.
+fn newest(uri: &Uri) -> Option<Uri> {
+    let query = uri.query()?;
+    if !query.split('&').any(|pair| pair == "sendInitialEvents=true") {
+        return None;
+    }
+    let kept: Vec<&str> = query.split('&').filter(|pair| *pair != "resourceVersion=0").collect();
+    let mut parts = uri.clone().into_parts();
+    parts.path_and_query = Some(format!("{}?{}", uri.path(), kept.join("&")).parse().ok()?);
+    Uri::from_parts(parts).ok()
+}
+
 fn kind_of_path(plural: &str) -> Option<Kind> {
     Kind::ALL.into_iter().find(|kind| kind.plural() == plural)
 }
@@ -144,4 +161,21 @@ fn server(base: &Config, server_name: Option<&'static str>, url: &str) -> Result
     config.default_retry = false;
     let client = Client::try_from(config).map_err(|error| wrong(error.to_string()))?;
     Ok(Server { url: url.to_owned(), client })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streaming_lists_ask_for_the_newest_state_and_resumed_watches_for_their_own() {
+        let streaming: Uri =
+            "/api/v1/pods?watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&resourceVersion=0"
+                .parse()
+                .unwrap();
+        let expected = "/api/v1/pods?watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan";
+        assert_eq!(newest(&streaming).unwrap(), expected);
+        let resumed: Uri = "/api/v1/pods?watch=true&resourceVersion=0".parse().unwrap();
+        assert_eq!(newest(&resumed), None);
+    }
 }

@@ -135,8 +135,9 @@ impl<Convert, Fallback> State<Convert, Fallback> {
                 for reference in vanished {
                     self.forget(reference).await?;
                 }
-                if self.watch.status.set_synced(self.kind) {
+                if !self.watch.status.kind(self.kind).synced {
                     self.watch.send(Event::Synced(self.kind)).await?;
+                    self.watch.status.set_synced(self.kind);
                 }
             }
         }

@@ -140,10 +140,10 @@ impl Source for Manifests {
             }
         }
         for kind in Kind::ALL {
-            status.set_synced(kind);
             if events.send(Event::Synced(kind)).await.is_err() {
                 return;
             }
+            status.set_synced(kind);
         }
         loop {
             tokio::select! {

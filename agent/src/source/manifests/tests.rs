@@ -117,11 +117,11 @@ fn pair(name: &str, ip: &str) -> (String, String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn changes_and_deletions_are_seen_and_temporary_files_are_not() {
     let mut run = start(&[("a.yaml", service("a", "10.96.0.1"))]).await;
-    assert!(run.status.synced());
     assert_eq!(run.status.kind(Kind::Service).objects, 1);
 
     run.write("a.yaml", &service("a", "10.96.0.2"));
     assert_eq!(run.upserted().await, pair("a", "10.96.0.2"));
+    assert!(run.status.synced());
 
     // An editor's ways: a hidden copy, a backup, a rename over the file.
     run.write(".b.yaml.swp", &service("x", "10.96.0.9"));
