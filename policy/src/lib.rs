@@ -22,7 +22,7 @@
 //!
 //! Start: `Model::restore` with the persisted number lines and a dump of the maps, feed the first full lists and the
 //! endpoints, then `take_changes`. Numbers are made durable before the ops that use them run, so that a restart goes on
-//! with the same ones. When a write fails the mirror no longer holds: restore again.
+//! with the same ones. When a write fails the mirror no longer holds: dump, [`Model::resync`], `take_changes`.
 #![forbid(unsafe_code)]
 
 mod claims;

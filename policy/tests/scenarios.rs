@@ -319,3 +319,51 @@ fn the_reference_judges_both_ends() {
     assert_eq!(allows(&objects, &flow(world, client, 80)), Verdict::Allow(Reason::NotIsolated));
     assert_eq!(allows(&objects, &flow(web, web, 1)), Verdict::Allow(Reason::Itself));
 }
+
+/// Whether the web pod lets each of these in, after every single write.
+fn watch(agent: &mut Agent, from: &str, passes: bool) -> usize {
+    let ops = agent.model.take_changes().ops;
+    for op in &ops {
+        agent.kernel.execute(op);
+        assert_eq!(agent.ingress(from, 80), passes, "{from} after {op:?}");
+    }
+    ops.len()
+}
+
+#[test]
+fn an_exception_holds_between_any_two_writes() {
+    let mut agent = Agent::new(CONFIG);
+    agent.model.upsert_policy(policy("deny", "web", Some(vec![]), None));
+    agent.flush();
+    let block = |cidr: &str, except: &[&str]| Peer::IpBlock {
+        cidr: cidr.parse().unwrap(),
+        except: except.iter().map(|except| except.parse().unwrap()).collect(),
+    };
+    let allow = |peers| policy("allow", "web", Some(vec![rule(peers, vec![])]), None);
+    agent.model.upsert_policy(allow(vec![block("20.0.0.0/8", &["20.1.0.0/16"])]));
+    assert!(watch(&mut agent, "20.1.0.1", false) > 3);
+    assert!(agent.ingress("20.2.0.1", 80));
+    agent.model.upsert_policy(allow(vec![block("20.0.0.0/7", &["20.0.0.0/8", "21.1.0.0/16"])]));
+    assert!(watch(&mut agent, "20.1.0.1", false) > 3);
+    assert!(agent.ingress("21.2.0.1", 80));
+    agent.model.delete_policy(&ObjectName::new("x", "allow"));
+    assert!(watch(&mut agent, "20.1.0.1", false) > 3);
+
+    // Every IPv6 address is none of IPv4, which the kernel keeps inside of it.
+    agent.model.upsert_policy(allow(vec![block("::/0", &[])]));
+    assert!(watch(&mut agent, "198.51.100.1", false) > 2);
+    assert!(agent.ingress("2001:db8::1", 80));
+    agent.model.delete_policy(&ObjectName::new("x", "allow"));
+    watch(&mut agent, "198.51.100.1", false);
+}
+
+#[test]
+fn a_namespace_with_new_labels_stays_reachable_between_any_two_writes() {
+    let mut agent = Agent::new(CONFIG);
+    agent.model.upsert_policy(policy("p", "web", Some(vec![rule(vec![from_app("client")], vec![])]), None));
+    agent.flush();
+    let new_labels = labels(&[("kubernetes.io/metadata.name", "x"), ("team", "blue")]);
+    agent.model.upsert_namespace(Namespace { name: "x".into(), labels: new_labels });
+    assert!(watch(&mut agent, "10.244.2.2", true) > 3);
+    assert_eq!(agent.kernel.rules.len(), 1, "the old identities' rules are gone");
+}
