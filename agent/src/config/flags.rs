@@ -31,7 +31,7 @@ pub enum Command {
     /// Run the agent (the default).
     Run(Box<Flags>),
     /// Remove everything that the agent left in the kernel and on disk: programs, maps, devices, routes, leases.
-    Cleanup(CleanupArgs),
+    Cleanup(Box<CleanupArgs>),
     /// Install the CNI plugin and its configuration on this node.
     InstallCni(InstallCniArgs),
     /// Print the version.
