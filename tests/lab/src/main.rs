@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use keelway_lab::cluster::{self, Cluster, conformance, programs};
 use keelway_lab::enter::Enter;
-use keelway_lab::{Host, Lab, boot, clean, demo, enter};
+use keelway_lab::standalone::{self, Standalone};
+use keelway_lab::{Host, Lab, boot, clean, demo, enter, netns};
 
 #[derive(Parser)]
 #[command(about = "A lab of nodes on one machine: for tests, for the demos, and to look around in")]
@@ -28,6 +29,18 @@ enum Command {
         /// The lab's name, 1 to 7 letters or digits.
         #[arg(long, default_value = "lab")]
         id: String,
+    },
+    /// Run a program on a machine of a lab: node1, node2, ..., outside, and a cluster's cp.
+    #[command(trailing_var_arg = true)]
+    Exec {
+        /// The lab's name.
+        #[arg(long, default_value = "lab")]
+        id: String,
+        /// The machine.
+        host: String,
+        /// The program and its arguments.
+        #[arg(required = true, allow_hyphen_values = true)]
+        argv: Vec<String>,
     },
     /// Keelway on two nodes without Kubernetes: every step and what was seen, in one table.
     Demo,
@@ -111,15 +124,8 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<i32> {
     match command {
-        Command::Lab { nodes, bare: _, id } => {
-            let lab = Lab::named(&id, nodes)?;
-            for node in lab.nodes() {
-                println!("{}  {}  {}", node.name, node.v4, node.v6);
-            }
-            loop {
-                std::thread::park();
-            }
-        }
+        Command::Lab { nodes, bare, id } => return interactive(Lab::named(&id, nodes)?, bare),
+        Command::Exec { id, host, argv } => return exec(&Lab::open(&id)?, &host, &argv),
         Command::Demo => return Ok(i32::from(!demo::run()?)),
         Command::DemoCluster => return Ok(i32::from(!cluster::demo::run()?)),
         Command::Cluster(command) => return cluster(command),
@@ -135,6 +141,36 @@ fn run(command: Command) -> Result<i32> {
         Command::Enter(wanted) => return enter::enter(&wanted),
     }
     Ok(0)
+}
+
+/// Shows a lab's machines and waits for Ctrl-C; the lab's guard sees this process end and removes the lab.
+fn interactive(lab: Lab, bare: bool) -> Result<i32> {
+    let id = lab.id.clone();
+    for host in lab.nodes().iter().map(|node| -> &Host { node }).chain([&lab.outside]) {
+        println!("{:<8} {}  {}   keelway-lab exec --id {id} {} bash", host.name, host.v4, host.v6, host.name);
+    }
+    let _alive: Box<dyn std::any::Any> = if bare {
+        Box::new(lab)
+    } else {
+        if let Some(reason) = standalone::missing() {
+            anyhow::bail!(reason);
+        }
+        let running = Standalone::on(lab, &[])?;
+        println!("agents run on every node; they read {}", running.manifests.display());
+        Box::new(running)
+    };
+    println!("Ctrl-C removes it all");
+    loop {
+        std::thread::park();
+    }
+}
+
+fn exec(lab: &Lab, name: &str, argv: &[String]) -> Result<i32> {
+    let control_plane = lab.host("cp", netns::CONTROL_PLANE)?;
+    let nodes = lab.nodes().iter().map(|node| -> &Host { node });
+    let mut all = nodes.chain([&lab.outside, &control_plane]).filter(|host| host.netns().exists());
+    let host = all.find(|host| host.name == name).with_context(|| format!("lab {} has no machine `{name}`", lab.id))?;
+    Ok(host.command(argv)?.status()?.code().unwrap_or(1))
 }
 
 fn cluster(command: ClusterCommand) -> Result<i32> {
@@ -154,13 +190,7 @@ fn cluster(command: ClusterCommand) -> Result<i32> {
             let status = cluster.control_plane.command(&cluster.kubectl_argv(&args))?.status()?;
             return Ok(status.code().unwrap_or(1));
         }
-        ClusterCommand::Exec { host, argv } => {
-            let cluster = Cluster::open(cluster::ID)?;
-            let nodes = cluster.lab.nodes().iter().map(|node| -> &Host { node });
-            let mut all = nodes.chain([&cluster.control_plane, &cluster.lab.outside]);
-            let host = all.find(|one| one.name == host).with_context(|| format!("no machine `{host}`"))?;
-            return Ok(host.command(&argv)?.status()?.code().unwrap_or(1));
-        }
+        ClusterCommand::Exec { host, argv } => return exec(&Lab::open(cluster::ID)?, &host, &argv),
         ClusterCommand::Install => {
             let cluster = Cluster::open(cluster::ID)?;
             cluster::install::keelway(&cluster)?;

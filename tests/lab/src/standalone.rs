@@ -62,7 +62,12 @@ pub fn missing() -> Option<String> {
 impl Standalone {
     /// `nodes` nodes with containerd and an agent each, in sync.
     pub fn new(nodes: u8, agent_args: &[&str]) -> Result<Self> {
-        let lab = Lab::new(nodes)?;
+        Self::on(Lab::new(nodes)?, agent_args)
+    }
+
+    /// The same on the nodes of a lab that is there already.
+    pub fn on(lab: Lab, agent_args: &[&str]) -> Result<Self> {
+        let nodes = lab.nodes().len();
         let manifests = lab.dir.join("manifests");
         std::fs::create_dir_all(&manifests)?;
         let mut this = Self {
@@ -72,16 +77,16 @@ impl Standalone {
             runtimes: BTreeMap::new(),
             agent_args: agent_args.iter().map(ToString::to_string).collect(),
         };
-        for number in 1..=usize::from(nodes) {
+        for number in 1..=nodes {
             this.write_node(number)?;
         }
         let images = basic_images(&this.lab.dir.join("images"))?;
-        for number in 1..=usize::from(nodes) {
+        for number in 1..=nodes {
             this.install(number)?;
             this.start_agent(number)?;
             this.start_runtime(number, &images)?;
         }
-        for number in 1..=usize::from(nodes) {
+        for number in 1..=nodes {
             this.wait_synced(number)?;
         }
         Ok(this)

@@ -166,9 +166,14 @@ pub fn run(probe: &Probe) -> Result<()> {
     match probe {
         Probe::Pause => pause::pause(),
         Probe::Serve { port, name } => serve::serve(*port, name.as_deref()),
-        Probe::Ask(wanted) => Ok(println!("{}", serde_json::to_string(&ask::ask(wanted))?)),
-        Probe::Flow(wanted) => Ok(println!("{}", serde_json::to_string(&flow::flow(wanted)?)?)),
+        Probe::Ask(wanted) => print(&ask::ask(wanted)),
+        Probe::Flow(wanted) => print(&flow::flow(wanted)?),
     }
+}
+
+fn print(report: &impl Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string(report)?);
+    Ok(())
 }
 
 #[cfg(test)]
