@@ -167,6 +167,3 @@ impl Source for Kubernetes {
 fn no_fallback<K>(_: &K) -> Option<Object> {
     None
 }
-
-#[cfg(test)]
-mod tests;
