@@ -56,7 +56,14 @@ pub fn enter(wanted: &Enter) -> Result<i32> {
         setns(file, kind).with_context(|| format!("entering {}", path.display()))?;
     }
     let (program, args) = wanted.command.split_first().context("no command")?;
+    // The workspace's own programs can be called by name.
+    let own =
+        std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.display().to_string())).unwrap_or_default();
     let mut command = Command::new(program);
-    let status = command.args(args).env("PATH", sh::PATH).status().with_context(|| format!("starting {program}"))?;
+    let status = command
+        .args(args)
+        .env("PATH", format!("{}:{own}", sh::PATH))
+        .status()
+        .with_context(|| format!("starting {program}"))?;
     Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
 }

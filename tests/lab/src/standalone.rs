@@ -192,6 +192,25 @@ impl Standalone {
         Ok(&self.runtimes.get(&number).context("no runtime")?.1)
     }
 
+    /// Pulls a node's plug. Its pods' objects stay, as in an API server that has not noticed yet.
+    pub fn kill_node(&mut self, number: usize) -> Result<()> {
+        self.lab.node(number).kill_node()?;
+        self.runtimes.remove(&number);
+        drop(self.agents.lock().expect("nobody panics with this lock").remove(&number));
+        Ok(())
+    }
+
+    /// Boots a node again, with its agent and its runtime; images and the plugin are on its disk. As a kubelet would, it
+    /// then removes the pods that died with the node.
+    pub fn boot_node(&mut self, number: usize) -> Result<()> {
+        self.lab.node(number).boot_node()?;
+        self.start_agent(number)?;
+        self.start_runtime(number, &[])?;
+        self.wait_synced(number)?;
+        let (_, cri) = self.runtimes.get(&number).context("no runtime")?;
+        cri.list()?.iter().try_for_each(|sandbox| cri.remove(sandbox))
+    }
+
     /// What `keelway status -o json` says on a node.
     pub fn status(&self, number: usize) -> Result<serde_json::Value> {
         let keelway = sh::own("keelway")?.display().to_string();
