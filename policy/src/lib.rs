@@ -9,7 +9,7 @@
 //!
 //! - [`Model`] holds the objects and a mirror of the kernel's maps. An event marks what it touches; `take_changes` works out
 //!   just that and returns the difference.
-//! - [`reference`] is the executable specification: packet and objects in, a verdict with its reason out.
+//! - [`mod@reference`] is the executable specification: packet and objects in, a verdict with its reason out.
 //! - [`Simulated`] is the maps in memory with the datapath's look-ups, for tests and for `why`.
 //!
 //! The datapath judges a new flow of subject S in direction d with peer address a, protocol and destination port, if the

@@ -12,7 +12,7 @@
 //! - [`endpoints`] says which endpoints serve: kube-proxy's rules on readiness, termination, traffic policy and hints.
 //! - [`Tables`] mirrors the kernel's maps. It numbers frontends and backends, and turns a [`Change`] into [`Op`]s such that
 //!   a packet between any two of them sees a valid table.
-//! - [`reference`] is the executable specification: packet and objects in, the set of allowed backends out.
+//! - [`mod@reference`] is the executable specification: packet and objects in, the set of allowed backends out.
 //! - [`Simulated`] is the maps in memory, for tests and for `why`.
 //!
 //! Start: feed the first full lists to `Model`, read the maps into a [`Dump`], `Tables::restore(limits, &dump,
