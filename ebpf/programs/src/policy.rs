@@ -41,8 +41,8 @@ fn evaluate(endpoint: &Endpoint, packet: &Packet, scope: u8, way: Way, out: &mut
     };
     out.peer = identity_of(remote);
     out.rule = 0;
-    // "Traffic to and from the node where a Pod is running is always allowed" (Kubernetes, NetworkPolicy).
-    if endpoint.flags & enforced == 0 || out.peer == identity::HOST {
+    // A pod's own node reaches it whatever the rules say: the kubelet's probes do.
+    if endpoint.flags & enforced == 0 || (direction == Direction::Ingress && out.peer == identity::HOST) {
         return true;
     }
     let subject = endpoint.subject;
