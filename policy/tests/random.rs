@@ -197,7 +197,7 @@ fn restore(lines: &[String], kernel: &Simulated) -> Result<Model, TestCaseError>
 
 /// Each case asks thousands of questions; `PROPTEST_CASES` asks for more of them.
 fn cases() -> u32 {
-    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(50)
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(25)
 }
 
 proptest! {
