@@ -8,29 +8,36 @@ const PRIORITY: u16 = 75;
 const HANDLE: u32 = 75;
 
 pub fn attach(program: &mut SchedClassifier, device: &str, direction: TcAttachType) -> Result<(), ProgramError> {
-    match qdisc_add_clsact(device) {
-        Ok(()) => {}
-        Err(TcError::AlreadyAttached) => {}
-        Err(error) => return Err(error.into()),
-    }
-    if is_attached(device, direction) {
-        return Ok(());
-    }
+    // The qdisc is there for the other direction, or is another's: it is shared.
+    exists_is_fine(qdisc_add_clsact(device).map_err(ProgramError::from))?;
     let options = NlOptions { priority: PRIORITY, handle: TcHandle::from(HANDLE), ..NlOptions::default() };
-    let link = program.attach_with_options(device, direction, TcAttachOptions::Netlink(options))?;
-    // Dropping it would detach the filter, which is to stay.
-    std::mem::forget(program.take_link(link)?);
-    Ok(())
+    match program.attach_with_options(device, direction, TcAttachOptions::Netlink(options)) {
+        // Dropping it would detach the filter, which is to stay.
+        Ok(link) => {
+            std::mem::forget(program.take_link(link)?);
+            Ok(())
+        }
+        // The filter of an earlier start: it stays.
+        Err(error) => exists_is_fine(Err(error)),
+    }
 }
 
-/// Whether our filter is at its place.
+fn exists_is_fine(result: Result<(), ProgramError>) -> Result<(), ProgramError> {
+    match result {
+        Err(ProgramError::TcError(TcError::NetlinkError(error))) if error.raw_os_error() == Some(libc::EEXIST) => {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Whether our filter is at its place, as `tc` sees it; where there is no `tc`, what attached is taken to have stayed.
 pub fn is_attached(device: &str, direction: TcAttachType) -> bool {
     let parent = if direction == TcAttachType::Ingress { "ingress" } else { "egress" };
-    // No netlink dump of filters is offered by the library; tc is part of iproute2, which every node has.
     std::process::Command::new("tc")
         .args(["filter", "show", "dev", device, parent])
         .output()
-        .is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains(&format!("pref {PRIORITY} ")))
+        .map_or(true, |output| String::from_utf8_lossy(&output.stdout).contains(&format!("pref {PRIORITY} ")))
 }
 
 /// Removes our filters from a device, of both directions; there may be none.

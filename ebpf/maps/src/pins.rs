@@ -38,10 +38,8 @@ impl Pins {
         if stat.filesystem_type() != nix::sys::statfs::BPF_FS_MAGIC {
             return Err(Error::NotBpffs { path: bpffs.into() });
         }
-        if let Some((path, found)) = self.newest() {
-            if found > LAYOUT_VERSION {
-                return Err(Error::NewerLayout { path, found, ours: LAYOUT_VERSION });
-            }
+        if let Some((path, found)) = self.newest().filter(|(_, found)| *found > LAYOUT_VERSION) {
+            return Err(Error::NewerLayout { path, found, ours: LAYOUT_VERSION });
         }
         for folder in [self.maps(), self.links()] {
             std::fs::create_dir_all(&folder).map_err(|source| Error::Io { path: folder, source })?;

@@ -10,8 +10,8 @@ use crate::sh;
 /// The image that the manifests name.
 pub const IMAGE: &str = "keelway/keelway:dev";
 
-/// What the CSI driver runs.
-const TOOLS: [&str; 7] = ["mkfs.ext4", "mkfs.xfs", "blkid", "e2fsck", "resize2fs", "xfs_growfs", "xfs_repair"];
+/// What the CSI driver runs; and `tc`, by which the agent looks after its filters on kernels before 6.6.
+const TOOLS: [&str; 8] = ["tc", "mkfs.ext4", "mkfs.xfs", "blkid", "e2fsck", "resize2fs", "xfs_growfs", "xfs_repair"];
 
 /// Builds the image, imports it on every node and applies the manifests.
 pub fn keelway(cluster: &Cluster) -> Result<()> {
