@@ -106,11 +106,17 @@ pub fn run() -> Result<bool> {
             }
             asked.join().expect("a probe does not panic")
         })?;
+        let path = "jsonpath={.items[*].status.containerStatuses[0].restartCount}";
+        let agents = ["-n", "kube-system", "get", "pods", "-l", "app.kubernetes.io/name=keelway-agent", "-o", path];
+        let restarts = wait_for("the agents' restarts", Duration::from_secs(60), || {
+            let restarts = cluster.kubectl(&agents)?;
+            ensure!(restarts.split_whitespace().filter(|count| *count != "0").count() == 2, "restarts: {restarts}");
+            Ok(restarts)
+        })?;
         ready(&cluster)?;
-        Ok((
-            asked.answered() == 1000,
-            format!("{} of {} connections failed", asked.tried - asked.answered(), asked.tried),
-        ))
+        let failed = asked.tried - asked.answered();
+        let seen = format!("{failed} of {} connections failed; restarts of the agents: {restarts}", asked.tried);
+        Ok((asked.answered() == 1000, seen))
     });
     story.step("no kube-proxy and no other plugin", || {
         let mut seen = Vec::new();
