@@ -47,9 +47,9 @@ pub enum IpamError {
         /// The address.
         address: IpAddr,
         /// Who had it.
-        first: LeaseKey,
+        first: Box<LeaseKey>,
         /// Who claims it as well.
-        second: LeaseKey,
+        second: Box<LeaseKey>,
     },
     /// The lease could not be written down; nothing was handed out.
     #[error(transparent)]

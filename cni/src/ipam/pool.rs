@@ -90,7 +90,11 @@ impl Pool {
         for address in &lease.addresses {
             if let Some(owner) = self.owners.get(address).filter(|owner| **owner != lease.key) {
                 let (first, second) = (owner.clone(), lease.key);
-                return Err(IpamError::Duplicate { address: *address, first, second });
+                return Err(IpamError::Duplicate {
+                    address: *address,
+                    first: Box::new(first),
+                    second: Box::new(second),
+                });
             }
         }
         if self.leases.get(&lease.key).is_some_and(|old| old.addresses != lease.addresses) {
