@@ -107,6 +107,14 @@ const SUITES: &[Suite] = &[
         limit: minutes(30),
     },
     Suite {
+        // Our manifests on a real Kubernetes: nodes Ready, CoreDNS, volumes, Services, a policy, agents killed under load.
+        name: "cluster",
+        command: &["make", "--no-print-directory", "demo-cluster"],
+        judge: Judge::Status,
+        needs: Some(("go", "Go is not installed: it builds the cluster's programs")),
+        limit: minutes(40),
+    },
+    Suite {
         name: "kernels 6.1 and 6.12",
         command: &["cargo", "xtask", "kernels"],
         judge: Judge::Rows,
