@@ -319,6 +319,7 @@ impl Engine {
         }
         let result = if self.is_synced() { self.apply() } else { self.first_sync() };
         self.settle(result);
+        self.health.set_problems(self.problems());
         self.answer_waiting();
     }
 

@@ -37,12 +37,18 @@ pub struct EngineStatus {
 }
 
 impl Engine {
-    pub(super) fn status(&self) -> EngineStatus {
+    /// What is wrong now, in words.
+    pub(super) fn problems(&self) -> Vec<String> {
         let mut problems: Vec<String> =
             self.problems.iter().map(|(about, problem)| format!("{about}: {problem}")).collect();
         problems.extend(self.services.errors.values().cloned());
         problems.extend(self.policies.errors.iter().cloned());
         problems.extend(self.source.problems());
+        problems
+    }
+
+    pub(super) fn status(&self) -> EngineStatus {
+        let mut problems = self.problems();
         let tables = &self.datapath.tables;
         let fill = tables.fill().unwrap_or_else(|error| {
             problems.push(error.to_string());

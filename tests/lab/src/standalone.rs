@@ -175,16 +175,17 @@ impl Standalone {
         Ok(())
     }
 
-    /// A power cut, and the boot after it: containerd and the agent run again, no pod does.
+    /// A power cut, and the boot after it: containerd and the agent run again, no pod does, and no kubelet has tidied up yet.
     pub fn reboot(&mut self, number: usize) -> Result<()> {
-        // Their processes end with the node; what is left of these values must not reach for those of the next boot.
-        self.runtimes.remove(&number);
-        self.agents.lock().expect("nobody panics with this lock").remove(&number);
-        let node = self.lab.node(number);
-        node.kill_node()?;
-        node.boot_node()?;
+        self.kill_node(number)?;
+        self.start_again(number)
+    }
+
+    fn start_again(&mut self, number: usize) -> Result<()> {
+        self.lab.node(number).boot_node()?;
+        self.start_agent(number)?;
         self.start_runtime(number, &[])?;
-        self.start_agent(number)
+        self.wait_synced(number)
     }
 
     /// The runtime of a node.
@@ -203,11 +204,8 @@ impl Standalone {
     /// Boots a node again, with its agent and its runtime; images and the plugin are on its disk. As a kubelet would, it
     /// then removes the pods that died with the node.
     pub fn boot_node(&mut self, number: usize) -> Result<()> {
-        self.lab.node(number).boot_node()?;
-        self.start_agent(number)?;
-        self.start_runtime(number, &[])?;
-        self.wait_synced(number)?;
-        let (_, cri) = self.runtimes.get(&number).context("no runtime")?;
+        self.start_again(number)?;
+        let cri = self.cri(number)?;
         cri.list()?.iter().try_for_each(|sandbox| cri.remove(sandbox))
     }
 
