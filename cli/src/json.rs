@@ -3,8 +3,17 @@
 use keelway_api::v1::NodeStatusResponse;
 use serde_json::{Value, json};
 
+use crate::volumes::Volumes;
+
 /// `keelway status -o json`.
-pub fn node_status(status: &NodeStatusResponse) -> Value {
+pub fn node_status(status: &NodeStatusResponse, volumes: &Volumes) -> Value {
+    let (driver, listed) = match volumes {
+        Volumes::NoDriver => ("none", &[][..]),
+        Volumes::Listed(listed) => ("running", &listed[..]),
+        Volumes::Unwell(_) => ("unwell", &[][..]),
+    };
+    let mut problems = status.problems.clone();
+    problems.extend(crate::status::volume_problem(volumes));
     let counts = status.counts.unwrap_or_default();
     json!({
         "version": status.version,
@@ -40,6 +49,10 @@ pub fn node_status(status: &NodeStatusResponse) -> Value {
         "drops": status.drops.iter().map(|drop| json!({
             "reason": drop.reason, "hook": drop.hook, "packets": drop.packets, "bytes": drop.bytes,
         })).collect::<Vec<_>>(),
-        "problems": status.problems,
+        "volumeDriver": driver,
+        "volumes": listed.iter().map(|volume| json!({
+            "id": volume.id, "capacityBytes": volume.capacity,
+        })).collect::<Vec<_>>(),
+        "problems": problems,
     })
 }

@@ -7,6 +7,7 @@
 mod json;
 mod status;
 mod table;
+mod volumes;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,6 +35,10 @@ struct Cli {
     #[arg(long, global = true, value_name = "FILE", default_value = keelway_api::DEFAULT_SOCKET)]
     socket: PathBuf,
 
+    /// The CSI driver's socket.
+    #[arg(long, global = true, value_name = "FILE", default_value = volumes::DEFAULT_SOCKET)]
+    csi_socket: PathBuf,
+
     /// How to answer.
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
     output: Output,
@@ -41,7 +46,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// The node: source, programs, tables, what is programmed, what was dropped, what is wrong.
+    /// The node: source, programs, tables, what is programmed, its local volumes, what was dropped, what is wrong.
     ///
     /// Exit status 3 when the first sync is not done, a program is not attached or something is wrong.
     Status,
@@ -77,12 +82,13 @@ async fn run(cli: &Cli) -> anyhow::Result<bool> {
             let answer = answer.await.with_context(|| format!("the agent did not answer within {TIMEOUT:?}"))?;
             let status =
                 answer.map_err(|status| anyhow::anyhow!("the agent refused: {}", status.message()))?.into_inner();
+            let volumes = volumes::list(&cli.csi_socket, TIMEOUT).await;
             let text = match cli.output {
-                Output::Table => status::table(&status),
-                Output::Json => format!("{:#}\n", json::node_status(&status)),
+                Output::Table => status::table(&status, &volumes),
+                Output::Json => format!("{:#}\n", json::node_status(&status, &volumes)),
             };
             print(&text)?;
-            Ok(status::is_well(&status))
+            Ok(status::is_well(&status, &volumes))
         }
     }
 }

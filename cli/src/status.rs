@@ -3,14 +3,26 @@
 use keelway_api::v1::{MapFill, NodeStatusResponse};
 
 use crate::table;
+use crate::volumes::Volumes;
 
 /// Whether the node does all that it should.
-pub fn is_well(status: &NodeStatusResponse) -> bool {
-    status.synced && status.problems.is_empty() && status.hooks.iter().all(|hook| hook.attached)
+pub fn is_well(status: &NodeStatusResponse, volumes: &Volumes) -> bool {
+    volume_problem(volumes).is_none()
+        && status.synced
+        && status.problems.is_empty()
+        && status.hooks.iter().all(|hook| hook.attached)
+}
+
+/// What is wrong with the CSI driver, in words.
+pub fn volume_problem(volumes: &Volumes) -> Option<String> {
+    match volumes {
+        Volumes::Unwell(reason) => Some(format!("volumes: {reason}")),
+        Volumes::NoDriver | Volumes::Listed(_) => None,
+    }
 }
 
 /// The answer as a page.
-pub fn table(status: &NodeStatusResponse) -> String {
+pub fn table(status: &NodeStatusResponse, volumes: &Volumes) -> String {
     let counts = status.counts.unwrap_or_default();
     let mut page = table::pairs(&[
         ("Node", status.node.clone()),
@@ -27,6 +39,7 @@ pub fn table(status: &NodeStatusResponse) -> String {
         ("Policies", format!("{} ({} rules, {} identities)", counts.policies, counts.policy_rules, counts.identities)),
         ("Pods here", counts.endpoints.to_string()),
         ("Nodes", counts.nodes.to_string()),
+        ("Volumes", volume_summary(volumes)),
     ]);
     let kinds =
         status.kinds.iter().map(|kind| vec![kind.kind.clone(), kind.objects.to_string(), yes(kind.synced).into()]);
@@ -48,11 +61,16 @@ pub fn table(status: &NodeStatusResponse) -> String {
         .iter()
         .map(|drop| vec![drop.reason.clone(), drop.hook.clone(), drop.packets.to_string(), drop.bytes.to_string()]);
     page += &section("Drops", &["REASON", "HOOK", "PACKETS", "BYTES"], drops.collect());
+    if let Volumes::Listed(listed) = volumes {
+        let rows = listed.iter().map(|volume| vec![volume.id.clone(), volume.capacity.to_string()]);
+        page += &section("Volumes", &["ID", "BYTES"], rows.collect());
+    }
     page += "\nProblems\n";
-    if status.problems.is_empty() {
+    let problems: Vec<String> = status.problems.iter().cloned().chain(volume_problem(volumes)).collect();
+    if problems.is_empty() {
         page += "  none\n";
     }
-    for problem in &status.problems {
+    for problem in &problems {
         page += &format!("  {}\n", problem.replace('\n', "\n    "));
     }
     page
@@ -62,6 +80,17 @@ fn section(title: &str, heading: &[&str], rows: Vec<Vec<String>>) -> String {
     match rows.is_empty() {
         true => format!("\n{title}\n  none\n"),
         false => format!("\n{title}\n{}", table::render(heading, &rows)),
+    }
+}
+
+fn volume_summary(volumes: &Volumes) -> String {
+    match volumes {
+        Volumes::NoDriver => "no driver on this node".to_owned(),
+        Volumes::Listed(listed) => {
+            let bytes: i64 = listed.iter().map(|volume| volume.capacity).sum();
+            format!("{} ({} MiB)", listed.len(), bytes >> 20)
+        }
+        Volumes::Unwell(_) => "the driver does not answer".to_owned(),
     }
 }
 
@@ -97,6 +126,7 @@ mod tests {
     use keelway_api::v1::{Counts, Drop, Hook, SourceKind};
 
     use super::*;
+    use crate::volumes::Volume;
 
     fn status() -> NodeStatusResponse {
         NodeStatusResponse {
@@ -126,13 +156,19 @@ mod tests {
         }
     }
 
+    fn volumes() -> Volumes {
+        Volumes::Listed(vec![Volume { id: "vol-1".into(), capacity: 64 << 20 }])
+    }
+
     #[test]
     fn a_page_shows_everything_in_columns() {
-        let page = table(&status());
+        let page = table(&status(), &volumes());
         for line in [
             "Agent       0.1.0 (layout 1), up 1h 1m",
             "Pod CIDRs   10.244.1.0/24, fd00::/64",
             "Services    3 (6 frontends, 9 backends)",
+            "Volumes     1 (64 MiB)",
+            "  vol-1  67108864",
             "  HOOK             AT              BY    PROGRAM  LINK  ATTACHED",
             "  cgroup-connect4  /sys/fs/cgroup  link       70     7  yes",
             "  frontends4        1     65536  1%    refuses more",
@@ -145,15 +181,18 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_shown_and_told_by_the_exit_status() {
-        assert!(is_well(&status()));
+        assert!(is_well(&status(), &volumes()));
         let unsynced = NodeStatusResponse { synced: false, ..status() };
         let troubled = NodeStatusResponse { problems: vec!["map full".into()], ..status() };
         let mut detached = status();
         detached.hooks[0].attached = false;
         for unwell in [&unsynced, &troubled, &detached] {
-            assert!(!is_well(unwell), "{unwell:?}");
+            assert!(!is_well(unwell, &volumes()), "{unwell:?}");
         }
-        assert!(table(&troubled).ends_with("Problems\n  map full\n"));
-        assert!(table(&detached).contains("NO"));
+        let silent = Volumes::Unwell("csi.sock: no answer".into());
+        assert!(is_well(&status(), &Volumes::NoDriver) && !is_well(&status(), &silent));
+        assert!(table(&status(), &silent).ends_with("Problems\n  volumes: csi.sock: no answer\n"));
+        assert!(table(&troubled, &volumes()).ends_with("Problems\n  map full\n"));
+        assert!(table(&detached, &volumes()).contains("NO"));
     }
 }
