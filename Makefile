@@ -1,5 +1,5 @@
 # Thin names over cargo and the scripts of hack/; each target says what it does while it runs.
-.PHONY: help setup build test lint lab demo demo-cluster conformance-network cluster-programs kernels clean
+.PHONY: help setup build test lint lab bench demo demo-cluster conformance-network cluster-programs kernels clean
 .DEFAULT_GOAL := help
 
 LAB := target/release/keelway-lab
@@ -24,6 +24,9 @@ lab: build ## two nodes to look around in, until Ctrl-C
 
 demo: build ## the whole story on two nodes without Kubernetes; ends in a table
 	@$(LAB) demo
+
+bench: build ## latency, throughput, time of programs, CNI calls, memory, each beside its peer; ends in a table
+	@$(LAB) bench
 
 cluster-programs: build ## build etcd, Kubernetes, containerd, CoreDNS, the CSI sidecars into the cache (11 min once)
 	@$(LAB) cluster build

@@ -10,6 +10,7 @@
 //! traffic.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod boot;
 pub mod cgroup;
 pub mod clean;

@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use keelway_lab::cluster::{self, Cluster, conformance, programs};
 use keelway_lab::enter::Enter;
 use keelway_lab::standalone::{self, Standalone};
-use keelway_lab::{Host, Lab, boot, clean, demo, enter, netns};
+use keelway_lab::{Host, Lab, bench, boot, clean, demo, enter, netns};
 
 #[derive(Parser)]
 #[command(about = "A lab of nodes on one machine: for tests, for the demos, and to look around in")]
@@ -44,6 +44,8 @@ enum Command {
     },
     /// Keelway on two nodes without Kubernetes: every step and what was seen, in one table.
     Demo,
+    /// What Keelway costs, each figure beside its peer's; in one table.
+    Bench,
     /// The same story on a real Kubernetes.
     DemoCluster,
     /// A real Kubernetes in the lab.
@@ -55,6 +57,8 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
+    #[command(hide = true)]
+    BenchCni(bench::Calls),
     #[command(hide = true)]
     Guard { id: String },
     #[command(hide = true)]
@@ -127,6 +131,8 @@ fn run(command: Command) -> Result<i32> {
         Command::Lab { nodes, bare, id } => return interactive(Lab::named(&id, nodes)?, bare),
         Command::Exec { id, host, argv } => return exec(&Lab::open(&id)?, &host, &argv),
         Command::Demo => return Ok(i32::from(!demo::run()?)),
+        Command::Bench => return Ok(i32::from(!bench::run()?)),
+        Command::BenchCni(calls) => calls.run()?,
         Command::DemoCluster => return Ok(i32::from(!cluster::demo::run()?)),
         Command::Cluster(command) => return cluster(command),
         Command::Clean { all } => {
