@@ -106,9 +106,11 @@ fn pods_reach_pods_nodes_and_the_outside_and_are_reached() {
         }
     }
     // A closed port on the outside is known as closed: errors find their way back through masquerading.
-    let closed = host(&s.lab.outside, false).replace("8080", "9");
-    let report: Asked = s.probe(&a, &["ask", &closed, "--udp", "--count", "3"]).unwrap();
-    assert_eq!(report.failures.get("refused"), Some(&3), "{report:?}");
+    for v6 in [false, true] {
+        let closed = host(&s.lab.outside, v6).replace(":8080", ":9");
+        let report: Asked = s.probe(&a, &["ask", &closed, "--udp", "--count", "3"]).unwrap();
+        assert_eq!(report.failures.get("refused"), Some(&3), "{closed}: {report:?}");
+    }
 }
 
 #[test]
