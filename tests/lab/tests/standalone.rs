@@ -267,3 +267,30 @@ fn an_agent_killed_and_started_again_under_load_is_not_noticed() {
     assert_eq!((asked.answered(), asked.failures.len()), (800, 0), "{asked:?}");
     none_answered(&forbidden);
 }
+
+#[test]
+fn a_deny_cuts_flows_that_are_under_way() {
+    let s = standalone_or_skip!(2);
+    let b = s.pod(1, "b", &[("app", "b")]).unwrap();
+    for (number, v6) in [(1, false), (2, true)] {
+        let name = format!("from{number}");
+        let from = s.pod(number, &name, &[("app", "c")]).unwrap();
+        let at = target(&b, v6);
+        let flow = std::thread::scope(|scope| {
+            let flow = scope.spawn(|| -> Flowed {
+                s.probe(&from, &["flow", &at, "--udp", "--seconds", "4", "--rate", "100"]).unwrap()
+            });
+            std::thread::sleep(std::time::Duration::from_secs(1));
+            s.write("deny", DENY_ALL).unwrap();
+            flow.join().unwrap()
+        });
+        // Something came back before, and most of the last three seconds did not.
+        assert!(flow.answered > 20 && flow.lost() > 150, "{flow:?}");
+        s.remove_file("deny").unwrap();
+        eventually(
+            "open again",
+            || s.probe(&from, &["ask", &at, "--timeout", "200"]).unwrap(),
+            |report| report.answered() == 1,
+        );
+    }
+}
