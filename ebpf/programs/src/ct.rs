@@ -33,6 +33,13 @@ impl Flow {
         (self.0.flags & ct_flags::TRANSLATED != 0).then_some((self.0.nat_addr, self.0.nat_port))
     }
 
+    /// Both sides have ended it: its ports are free for another.
+    #[inline(always)]
+    pub fn is_over(self) -> bool {
+        const CLOSED: u32 = ct_flags::FIN_FORWARD | ct_flags::FIN_REVERSE;
+        self.0.flags & ct_flags::RESET != 0 || self.0.flags & CLOSED == CLOSED
+    }
+
     /// Records that the flow was admitted under today's rules.
     #[inline(always)]
     pub fn admitted(self, endpoint: &Endpoint, peer: u32, rule: u32) {

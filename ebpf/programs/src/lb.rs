@@ -95,8 +95,10 @@ pub fn for_packet(
         }
     }
     // One backend behind two frontends would give two connections of one client the same translated flow.
-    for _ in 0..4 {
-        let choice = choose(frontend).ok_or(Reason::NoBackend)?;
+    let start = random();
+    for attempt in 0..4 {
+        let slot = start.wrapping_add(attempt) % frontend.count.max(1);
+        let choice = in_slot(frontend, slot).or_else(|| in_slot(frontend, 0)).ok_or(Reason::NoBackend)?;
         *into = (choice.backend.addr, choice.backend.port);
         if !taken(tuple, into, endpoint, now) {
             let entry = CtEntry {
@@ -118,5 +120,5 @@ pub fn for_packet(
 fn taken(tuple: &CtKey, backend: &(Addr, Port), endpoint: &Endpoint, now: u64) -> bool {
     let translated = CtKey { dst: backend.0, dport: backend.1, ..*tuple };
     ct::find_for(&translated, scope::OUT, Way::Forward, endpoint, now)
-        .is_some_and(|flow| flow.dialled() != Some((tuple.dst, tuple.dport)))
+        .is_some_and(|flow| !flow.is_over() && flow.dialled() != Some((tuple.dst, tuple.dport)))
 }

@@ -83,8 +83,11 @@ fn open(
         }
     }
     match ct::find_for(&packet.tuple, scope::OUT, Way::Forward, sender, now) {
-        Some(flow) => admit_known(flow, scope::OUT, Way::Forward, sender, packet, now, account)?,
-        None => admit_new(scope::OUT, sender, packet, dialled, now, account)?,
+        Some(flow) if flow.dialled().unwrap_or_default() == dialled => {
+            admit_known(flow, scope::OUT, Way::Forward, sender, packet, now, account)?;
+        }
+        // Nobody's, or one that is over and was dialled otherwise.
+        _ => admit_new(scope::OUT, sender, packet, dialled, now, account)?,
     }
     Ok(None)
 }
