@@ -381,7 +381,7 @@ impl Engine {
     }
 
     fn restore(&mut self) -> Result<(), EngineError> {
-        self.policies.restore(&self.settings, &self.datapath.tables)?;
+        self.policies.restore(&self.datapath.tables)?;
         self.replay_nodes();
         for endpoint in self.endpoints.wanted() {
             self.policies.model.upsert_endpoint(endpoint);

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use keelway_cni::install::write_atomically;
 use keelway_layout::{Identity, maps};
@@ -112,7 +112,7 @@ impl Policies {
     }
 
     /// Reads the maps back into the model's mirror, keeping its objects.
-    pub fn restore(&mut self, _settings: &Settings, tables: &Tables) -> Result<(), EngineError> {
+    pub fn restore(&mut self, tables: &Tables) -> Result<(), EngineError> {
         self.model.resync(&dump(tables).map_err(|error| EngineError::Kernel(error.to_string()))?);
         Ok(())
     }
@@ -132,7 +132,7 @@ impl Policies {
 
     fn persist(&mut self, lines: &[String]) -> Result<(), EngineError> {
         let path = self.numbers.path.clone();
-        let failed = |error: std::io::Error| EngineError::Kernel(format!("{}: {error}", path_name(&path)));
+        let failed = |error: std::io::Error| EngineError::Kernel(format!("{}: {error}", path.display()));
         self.numbers.append(lines).map_err(failed)?;
         if self.numbers.lines > COMPACT_ABOVE {
             let all = self.model.numbers();
@@ -142,10 +142,6 @@ impl Policies {
         }
         Ok(())
     }
-}
-
-fn path_name(path: &Path) -> std::path::Display<'_> {
-    path.display()
 }
 
 fn execute(datapath: &mut Datapath, endpoints: &mut Endpoints, op: policy::Op) -> Result<(), TableError> {

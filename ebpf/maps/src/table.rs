@@ -1,5 +1,4 @@
 use std::io;
-use std::marker::PhantomData;
 
 use aya::maps::lpm_trie::Key as LpmKey;
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
@@ -214,7 +213,6 @@ impl<K: Plain + Send, V: Plain + Send> Table<K, V> for KernelTable<K, V> {
 pub struct CounterTable {
     pub(crate) by_hook: PerCpuArray<MapData, Raw<Counter>>,
     pub(crate) by_endpoint: PerCpuHashMap<MapData, Raw<keelway_layout::EndpointDropKey>, Raw<Counter>>,
-    pub(crate) _layout: PhantomData<Counter>,
 }
 
 impl CounterTable {

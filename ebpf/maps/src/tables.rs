@@ -1,5 +1,3 @@
-use std::marker::PhantomData;
-
 use aya::Ebpf;
 use aya::maps::{Array, MapData, MapError, PerCpuArray, PerCpuHashMap};
 use keelway_layout::{
@@ -90,7 +88,6 @@ impl Tables {
                 by_hook: PerCpuArray::try_from(take(ebpf, m::COUNTERS)?).map_err(refused(m::COUNTERS))?,
                 by_endpoint: PerCpuHashMap::try_from(take(ebpf, m::ENDPOINT_DROPS)?)
                     .map_err(refused(m::ENDPOINT_DROPS))?,
-                _layout: PhantomData,
             },
             node: Array::try_from(take(ebpf, m::NODE)?).map_err(refused(m::NODE))?,
             state: Array::try_from(take(ebpf, m::STATE)?).map_err(refused(m::STATE))?,

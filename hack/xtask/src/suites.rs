@@ -100,6 +100,17 @@ const SUITES: &[Suite] = &[
         limit: minutes(10),
     },
     Suite {
+        // The driver on real loop devices, and killed at every system call that changes something.
+        name: "volumes",
+        command: &[
+            "cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-csi", "--test=volumes", "--test=crash",
+            "--", "--ignored", "--show-output",
+        ],
+        judge: Judge::Libtest,
+        needs: None,
+        limit: minutes(15),
+    },
+    Suite {
         name: "lab",
         command: &["cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-lab", "--", "--show-output"],
         judge: Judge::Libtest,
