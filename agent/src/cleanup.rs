@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use keelway_cni::install::{BINARY_FILE, CONFLIST_FILE};
+use keelway_cni::install::{BINARY_FILE, CONFLIST_FILE, is_our_loopback};
 use keelway_cni::ipam::Pool;
 use keelway_cni::plan::HOST_PREFIX;
 use keelway_netlink::{Handle, PROTOCOL_KEELWAY, RouteFilter};
@@ -49,8 +49,12 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
 }
 
 fn remove_files(config: &Config) -> anyhow::Result<usize> {
+    let plugins = Path::new("/opt/cni/bin");
+    // Known by the plugin beside it, which goes below.
+    let loopback = is_our_loopback(plugins).with_context(|| plugins.display().to_string())?;
+    let loopback = loopback.then(|| plugins.join(keelway_cni::loopback::NAME));
     let mut removed = 0;
-    for file in [
+    let files = [
         config.state_dir.join("leases"),
         config.state_dir.join("leases.lock"),
         config.state_dir.join("policy-numbers"),
@@ -58,8 +62,9 @@ fn remove_files(config: &Config) -> anyhow::Result<usize> {
         config.socket(),
         config.run_dir.join(keelway_cni::command::SEEN_FILE),
         Path::new("/etc/cni/net.d").join(CONFLIST_FILE),
-        Path::new("/opt/cni/bin").join(BINARY_FILE),
-    ] {
+        plugins.join(BINARY_FILE),
+    ];
+    for file in files.into_iter().chain(loopback) {
         match std::fs::remove_file(&file) {
             Ok(()) => removed += 1,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

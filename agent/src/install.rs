@@ -5,7 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use keelway_cni::install::{BINARY_FILE, CONFLIST_FILE, Conflist, install_binary, install_conflist};
+use keelway_cni::install::{
+    BINARY_FILE, CONFLIST_FILE, Conflist, Loopback, install_binary, install_conflist, install_loopback,
+};
 use keelway_cni::pending;
 
 use crate::config::{ConfigError, InstallCniArgs, PluginConfig};
@@ -46,6 +48,8 @@ pub struct Installed {
     pub binary: PathBuf,
     /// The configuration.
     pub conflist: PathBuf,
+    /// Whose `loopback` is beside it.
+    pub loopback: Loopback,
     /// Other plugins' configurations, by file name, with what to know of each.
     pub foreign: Vec<String>,
 }
@@ -57,6 +61,12 @@ pub struct Installed {
 pub fn install(args: &InstallCniArgs) -> anyhow::Result<()> {
     let installed = perform(args)?;
     println!("installed {} and {}", installed.binary.display(), installed.conflist.display());
+    match installed.loopback {
+        Loopback::Installed => {
+            println!("installed loopback beside it, for runtimes that do not bring up lo themselves")
+        }
+        Loopback::Foreign => println!("left the loopback that is there alone"),
+    }
     for foreign in installed.foreign {
         println!("also in {}: {foreign}", args.conf_dir.display());
     }
@@ -81,11 +91,10 @@ pub fn perform(args: &InstallCniArgs) -> Result<Installed, InstallError> {
     };
     // Asked for on its own, so that the error names the file that is missing and not the one to be written.
     std::fs::metadata(&from).map_err(|source| InstallError::System { what: "--from", path: from.clone(), source })?;
-    let binary = install_binary(&from, &args.bin_dir).map_err(|source| InstallError::System {
-        what: "--bin-dir",
-        path: args.bin_dir.clone(),
-        source,
-    })?;
+    let refused = |source| InstallError::System { what: "--bin-dir", path: args.bin_dir.clone(), source };
+    // First, while the old plugin shows whether the loopback beside it is its copy.
+    let loopback = install_loopback(&from, &args.bin_dir).map_err(refused)?;
+    let binary = install_binary(&from, &args.bin_dir).map_err(refused)?;
     let conflist = Conflist {
         socket: Some(agent.run_dir.join("agent.sock")),
         state_dir: Some(agent.state_dir.join(pending::DIRECTORY)),
@@ -99,7 +108,7 @@ pub fn perform(args: &InstallCniArgs) -> Result<Installed, InstallError> {
     })?;
     let wins = before.into_iter().map(|file| format!("{file} sorts before ours and is what the runtime uses"));
     let loses = after.into_iter().map(|file| format!("{file} is not used while ours is there"));
-    Ok(Installed { binary, conflist, foreign: wins.chain(loses).collect() })
+    Ok(Installed { binary, conflist, loopback, foreign: wins.chain(loses).collect() })
 }
 
 /// Other configurations that a runtime would read, sorted: those before ours, and those after.

@@ -1,4 +1,4 @@
-//! Files that are there whole or not at all: the plugin's binary and its conflist.
+//! Files that are there whole or not at all: the plugin's binary, its conflist, and `loopback` where nobody else brings one.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
@@ -68,6 +68,63 @@ pub fn install_binary(source: &Path, directory: &Path) -> io::Result<PathBuf> {
     let content = std::fs::read(source)?;
     write_atomically(&path, &content, 0o755)?;
     Ok(path)
+}
+
+/// What became of the plugin that brings up `lo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loopback {
+    /// Ours is there now, or is as new as the plugin again.
+    Installed,
+    /// Another's is there and stays.
+    Foreign,
+}
+
+/// Copies `source` into `directory` as the plugin `loopback`, unless another's file has that name: containerd before 2.0
+/// calls one for every pod. Ours is known by its content, that of the [`BINARY_FILE`] beside it: call this **before**
+/// [`install_binary`] puts a newer one there.
+///
+/// A copy and no link: whoever copies another `loopback` over a link would write into the plugin.
+///
+/// # Errors
+/// The system's, with what was there untouched.
+pub fn install_loopback(source: &Path, directory: &Path) -> io::Result<Loopback> {
+    std::fs::create_dir_all(directory)?;
+    let path = directory.join(crate::loopback::NAME);
+    let content = std::fs::read(source)?;
+    // A run that ended between the two copies left the new one.
+    if read_if_there(&path)?.as_ref() == Some(&content) {
+        return Ok(Loopback::Installed);
+    }
+    if is_our_loopback(directory)? {
+        write_atomically(&path, &content, 0o755)?;
+        return Ok(Loopback::Installed);
+    }
+    let temporary = path.with_file_name(format!(".{}.{}.tmp", crate::loopback::NAME, std::process::id()));
+    // Unlike a rename, a new link never takes a name that is in use, not even when it came to be this moment.
+    let linked = write_synced(&temporary, &content, 0o755).and_then(|()| std::fs::hard_link(&temporary, &path));
+    std::fs::remove_file(&temporary)?;
+    match linked {
+        Ok(()) => sync_dir(&path).map(|()| Loopback::Installed),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Loopback::Foreign),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the `loopback` in `directory` is a copy of our plugin beside it.
+///
+/// # Errors
+/// The system's, for anything but absence.
+pub fn is_our_loopback(directory: &Path) -> io::Result<bool> {
+    let own = read_if_there(&directory.join(BINARY_FILE))?;
+    Ok(own.is_some() && read_if_there(&directory.join(crate::loopback::NAME))? == own)
+}
+
+fn read_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Writes `path` so that a reader, or a start after a crash, finds the old content or the new.

@@ -1,11 +1,13 @@
 //! `keelway-cni`: the plugin that a container runtime runs. Thin: it checks the call, asks the agent, prints the answer.
+//! Under the name `loopback` it is another plugin, which sets a pod's `lo` up and asks nobody.
 #![forbid(unsafe_code)]
 
 use std::io::{Read as _, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use keelway_cni::command;
 use keelway_cni::spec::{CniError, Env, Request, Version, code};
+use keelway_cni::{command, loopback};
 
 /// No configuration is longer; what is, is not one.
 const STDIN_MAX: u64 = 4 << 20;
@@ -43,6 +45,10 @@ fn run() -> (Result<String, CniError>, Option<Version>) {
         Err((error, version)) => return (Err(error), version),
     };
     let version = request.version();
+    let program = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
+    if loopback::is_meant(&program, &request) {
+        return (loopback::run(&request, &env.netns), version);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
         Ok(runtime) => runtime.block_on(command::run(request)),

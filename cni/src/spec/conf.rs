@@ -17,8 +17,7 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/keelway/cni-del";
 pub const DEFAULT_STATUS_GRACE: Duration = Duration::from_secs(300);
 
 /// Keys that the specification reserves or that runtimes pass along; they are accepted and mean nothing to us.
-const STANDARD: [&str; 12] = [
-    "type",
+const STANDARD: [&str; 11] = [
     "args",
     "ipMasq",
     "ipam",
@@ -43,6 +42,8 @@ pub struct NetConf {
     pub version: Version,
     /// `name` of the network.
     pub name: String,
+    /// `type`: the plugin that is meant; may be empty.
+    pub plugin: String,
     /// `socket`: the agent's.
     pub socket: PathBuf,
     /// `mtu` of pods in bytes; `None` is the agent's choice.
@@ -106,6 +107,7 @@ impl NetConf {
         let mut conf = Self {
             version,
             name: String::new(),
+            plugin: String::new(),
             socket: PathBuf::from(keelway_api::DEFAULT_SOCKET),
             mtu: None,
             state_dir: PathBuf::from(DEFAULT_STATE_DIR),
@@ -117,6 +119,7 @@ impl NetConf {
             match key.as_str() {
                 "cniVersion" => {}
                 "name" => conf.name = text(key, value)?,
+                "type" => conf.plugin = value.as_str().unwrap_or_default().to_owned(),
                 "socket" => conf.socket = absolute(key, value)?,
                 "stateDir" => conf.state_dir = absolute(key, value)?,
                 "mtu" => conf.mtu = mtu(value)?,

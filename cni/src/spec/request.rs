@@ -95,15 +95,25 @@ impl Request {
         })
     }
 
+    /// The plugin that the configuration's `type` means; VERSION comes without one.
+    #[must_use]
+    pub fn plugin(&self) -> Option<&str> {
+        self.conf().map(|conf| conf.plugin.as_str())
+    }
+
     /// The version to answer in.
     #[must_use]
     pub fn version(&self) -> Option<Version> {
+        self.conf().map(|conf| conf.version)
+    }
+
+    fn conf(&self) -> Option<&NetConf> {
         match self {
             Request::Add { conf, .. }
             | Request::Del { conf, .. }
             | Request::Check { conf, .. }
             | Request::Gc { conf, .. }
-            | Request::Status { conf } => Some(conf.version),
+            | Request::Status { conf } => Some(conf),
             Request::Version { .. } => None,
         }
     }

@@ -3,6 +3,7 @@
 mod agent_away;
 mod bad_input;
 mod fake_agent;
+mod loopback;
 mod protocol;
 mod runtime;
 
@@ -47,7 +48,12 @@ impl Answer {
 
 /// Runs the plugin with exactly these variables.
 pub fn run(env: &[(&str, &str)], stdin: &[u8]) -> Answer {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_keelway-cni"))
+    run_program(env!("CARGO_BIN_EXE_keelway-cni").as_ref(), env, stdin)
+}
+
+/// The same with a copy of the plugin.
+pub fn run_program(program: &Path, env: &[(&str, &str)], stdin: &[u8]) -> Answer {
+    let mut child = Command::new(program)
         .env_clear()
         .envs(env.iter().copied())
         .stdin(Stdio::piped())
@@ -60,6 +66,30 @@ pub fn run(env: &[(&str, &str)], stdin: &[u8]) -> Answer {
     Answer {
         success: out.status.success(),
         stdout: String::from_utf8(out.stdout).expect("UTF-8").trim_end().to_owned(),
+    }
+}
+
+/// A named network namespace that goes when this does.
+pub struct Netns(pub String);
+
+impl Netns {
+    /// Makes one; `purpose` tells those of one process apart.
+    pub fn new(purpose: &str) -> Self {
+        let name = format!("kwnc-{purpose}-{}", std::process::id());
+        let made = Command::new("ip").args(["netns", "add", &name]).status().expect("iproute2");
+        assert!(made.success(), "ip netns add {name} (this test needs root)");
+        Self(name)
+    }
+
+    /// Its path.
+    pub fn path(&self) -> String {
+        format!("/run/netns/{}", self.0)
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
     }
 }
 

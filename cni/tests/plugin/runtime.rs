@@ -6,39 +6,36 @@ use std::process::Command;
 use keelway_cni::install::{Conflist, install_binary, install_conflist};
 use serde_json::Value;
 
+use crate::Netns;
 use crate::fake_agent::FakeAgent;
 
-/// `$CNITOOL`, the cluster's cache, or the path.
-fn cnitool() -> Option<PathBuf> {
-    let named = std::env::var_os("CNITOOL").map(PathBuf::from);
-    let cached = std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache/kubernetes-cluster/bin/cnitool"));
-    let found = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&found).map(|dir| dir.join("cnitool")).find(|p| p.exists());
-    named.or(cached.filter(|p| p.exists())).or(found)
-}
-
-struct Netns(String);
-
-impl Netns {
-    fn new() -> Self {
-        let name = format!("kwnc-tool-{}", std::process::id());
-        let made = Command::new("ip").args(["netns", "add", &name]).status().expect("iproute2");
-        assert!(made.success(), "ip netns add {name} (this test needs root)");
-        Self(name)
+/// `$CNITOOL`, else where the lab builds it (`keelway-lab cluster build`), else the path; the reason when it is nowhere.
+fn cnitool() -> Result<PathBuf, String> {
+    if let Some(named) = std::env::var_os("CNITOOL") {
+        return Ok(named.into());
     }
-}
-
-impl Drop for Netns {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    let cache = std::env::var_os("KEELWAY_CACHE").map(PathBuf::from);
+    let cache = cache.or(std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/keelway")));
+    let built = cache.map(|cache| cache.join("bin/cnitool"));
+    if let Some(built) = built.iter().find(|path| path.exists()) {
+        return Ok(built.clone());
     }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join("cnitool")).find(|path| path.exists());
+    found.ok_or_else(|| {
+        let built = built.map_or("the cache".into(), |path| path.display().to_string());
+        format!("cnitool is neither {built} (`keelway-lab cluster build` builds it) nor in $PATH nor named by $CNITOOL")
+    })
 }
 
 #[test]
 fn cnitool_adds_checks_and_deletes() {
-    let Some(cnitool) = cnitool() else {
-        println!("skipped: cnitool is neither in $CNITOOL, the cluster's cache nor $PATH");
-        return;
+    let cnitool = match cnitool() {
+        Ok(cnitool) => cnitool,
+        Err(reason) => {
+            println!("skipped: {reason}");
+            return;
+        }
     };
     let dir = tempfile::tempdir().unwrap();
     let (bin, etc) = (dir.path().join("bin"), dir.path().join("etc"));
@@ -49,8 +46,8 @@ fn cnitool_adds_checks_and_deletes() {
         ..Conflist::default()
     };
     install_conflist(&etc, &conflist).unwrap();
-    let netns = Netns::new();
-    let path = format!("/run/netns/{}", netns.0);
+    let netns = Netns::new("tool");
+    let path = netns.path();
     let tool = |command: &str| {
         let mut call = Command::new(&cnitool);
         call.args([command, "keelway", &path]);

@@ -17,9 +17,6 @@ use crate::process::Process;
 use crate::sh::{self, wait_for};
 use crate::{Lab, Node};
 
-/// Debian's `containernetworking-plugins`.
-const LOOPBACK: &str = "/usr/lib/cni/loopback";
-
 /// A pod that runs.
 #[derive(Clone, Debug)]
 pub struct Pod {
@@ -53,9 +50,6 @@ pub struct Standalone {
 
 /// What tests that use this need; the reason to skip when something is missing.
 pub fn missing() -> Option<String> {
-    if !Path::new(LOOPBACK).exists() {
-        return Some(format!("no {LOOPBACK} (Debian's containernetworking-plugins)"));
-    }
     sh::missing(&["containerd", "runc", "busybox", "ip"], &["keelway-agent", "keelway-cni", "keelway", "keelway-probe"])
 }
 
@@ -133,8 +127,6 @@ impl Standalone {
         let agent = sh::own("keelway-agent")?.display().to_string();
         let cni = sh::own("keelway-cni")?.display().to_string();
         node.run(&[&agent, "install-cni", "--from", &cni])?;
-        // containerd before 2.0 asks a plugin of this name to bring up `lo`; it belongs to the runtime, not to a network.
-        node.run(&["cp", LOOPBACK, "/opt/cni/bin/"])?;
         Ok(())
     }
 
