@@ -60,6 +60,10 @@ numbered! {
         Getpeername4 = 12, "getpeername4";
         /// getpeername(2), IPv6 socket.
         Getpeername6 = 13, "getpeername6";
+        /// bind(2), IPv4 socket.
+        Bind4 = 14, "bind4";
+        /// bind(2), IPv6 socket.
+        Bind6 = 15, "bind6";
     }
 }
 
@@ -106,8 +110,14 @@ numbered! {
         NoProgram = 18, "no-program";
         /// Translated from a Service's address to a backend's.
         Translated = 19, "translated";
-        /// A pod's Service connection to itself, which only its sockets can make.
+        /// A pod's Service connection to itself, for which nothing is left to tell it by.
         Hairpin = 20, "hairpin";
+        /// The client is in none of the Service's source ranges.
+        SourceRange = 21, "source-range";
+        /// The port is a Service's node port.
+        NodePortTaken = 22, "node-port-taken";
+        /// No route to where the packet is to go.
+        NoRoute = 23, "no-route";
     }
 }
 

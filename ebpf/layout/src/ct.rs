@@ -14,6 +14,10 @@ pub mod scope {
     pub const NAT_OUT: u8 = 3;
     /// NAT, keyed by the packet that answers.
     pub const NAT_IN: u8 = 4;
+    /// A flow to a Service that came from the network or from the host, after translation.
+    pub const LB: u8 = 5;
+    /// A pod's Service flow to itself, as it is handed back to it.
+    pub const HAIRPIN: u8 = 6;
 }
 
 /// A flow, in the direction in which it was opened. ICMP echo keeps its identifier as the asking side's port.
@@ -72,7 +76,7 @@ pub mod ct_flags {
 pub struct CtEntry {
     /// Nanoseconds of the monotonic clock.
     pub expires: u64,
-    /// OUT: the frontend that the opener dialled. SERVICE: the backend that it was given.
+    /// OUT, IN, LB, HAIRPIN: the frontend that the opener dialled. SERVICE: the backend that it was given.
     pub nat_addr: Addr,
     /// Its port.
     pub nat_port: Port,

@@ -22,7 +22,10 @@ pub use addr::{Addr, Port};
 pub use count::{Counter, CounterKey, DropEvent, EndpointDropKey, HOOKS, Hook, REASONS, Reason};
 pub use ct::{CtEntry, CtKey, FragKey, FragPorts, NatEntry, ct_flags, scope};
 pub use endpoint::{Endpoint, endpoint_flags};
-pub use lb::{Backend, Frontend, FrontendKey, SlotKey, SockBackend, SockFrontend, SockKey, frontend_flags};
+pub use lb::{
+    Affinity, AffinityKey, Backend, From, Frontend, FrontendKey, MEMBER_BIT, NetnsPod, SlotKey, SockBackend,
+    SockFrontend, SockKey, SourceRangeKey, backend_flags, frontend_flags,
+};
 pub use lpm::{Identity, PrefixKey, Tunnel};
 pub use node::{NodeConfig, NodeState, node_flags};
 pub use policy::{CidrKey, Direction, RuleKey, identity};

@@ -6,6 +6,12 @@ pub const FRONTENDS: &str = "kw_frontends";
 pub const SLOTS: &str = "kw_slots";
 /// Backends by id.
 pub const BACKENDS: &str = "kw_backends";
+/// Clients that frontends with ranges serve.
+pub const SOURCE_RANGES: &str = "kw_src_ranges";
+/// Backends that clients stay with.
+pub const AFFINITY: &str = "kw_affinity";
+/// Local pods by the cookie of their network namespace.
+pub const NETNS: &str = "kw_netns";
 /// What a socket dialled, by what it was given.
 pub const SOCK_REVERSE: &str = "kw_sock_rev";
 /// What an unconnected socket was given, by what it dialled.
@@ -43,6 +49,12 @@ pub const MAX_FRONTENDS: u32 = 131_072;
 pub const MAX_SLOTS: u32 = 1_048_576;
 /// Entries of [`BACKENDS`].
 pub const MAX_BACKENDS: u32 = 262_144;
+/// Entries of [`SOURCE_RANGES`].
+pub const MAX_SOURCE_RANGES: u32 = 65_536;
+/// Entries of [`AFFINITY`].
+pub const MAX_AFFINITY: u32 = 131_072;
+/// Entries of [`NETNS`].
+pub const MAX_NETNS: u32 = MAX_ENDPOINTS;
 /// Entries of [`SOCK_REVERSE`].
 pub const MAX_SOCK_REVERSE: u32 = 131_072;
 /// Entries of [`SOCK_FORWARD`].

@@ -35,7 +35,9 @@ pub struct NodeConfig {
     /// MAC of the VXLAN device.
     pub vxlan_mac: [u8; 6],
     /// Zero.
-    pub reserved: [u8; 10],
+    pub reserved: [u8; 2],
+    /// Cookie of the network namespace that the agent runs in: "the host".
+    pub host_netns: u64,
 }
 
 /// Words that change while traffic flows; one entry, written by the agent.

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::MapInfo;
 use keelway_layout::{
-    Addr, Backend, CidrKey, Counter, CtEntry, CtKey, Endpoint, EndpointDropKey, FragKey, FragPorts, Frontend,
-    FrontendKey, Identity, LAYOUT_VERSION, NatEntry, NodeConfig, NodeState, PrefixKey, RuleKey, SlotKey, SockBackend,
-    SockFrontend, SockKey, Tunnel, maps as m,
+    Addr, Affinity, AffinityKey, Backend, CidrKey, Counter, CtEntry, CtKey, Endpoint, EndpointDropKey, FragKey,
+    FragPorts, Frontend, FrontendKey, Identity, LAYOUT_VERSION, NatEntry, NetnsPod, NodeConfig, NodeState, PrefixKey,
+    RuleKey, SlotKey, SockBackend, SockFrontend, SockKey, SourceRangeKey, Tunnel, maps as m,
 };
 
 use crate::error::Error;
@@ -110,6 +110,9 @@ pub fn specs() -> Vec<Spec> {
         spec::<u32, Backend>(m::BACKENDS, "Hash", m::MAX_BACKENDS),
         spec::<SockKey, SockFrontend>(m::SOCK_REVERSE, "LruHash", m::MAX_SOCK_REVERSE),
         spec::<SockKey, SockBackend>(m::SOCK_FORWARD, "LruHash", m::MAX_SOCK_FORWARD),
+        spec::<SourceRangeKey, u32>(m::SOURCE_RANGES, "LpmTrie", m::MAX_SOURCE_RANGES),
+        spec::<AffinityKey, Affinity>(m::AFFINITY, "LruHash", m::MAX_AFFINITY),
+        spec::<u64, NetnsPod>(m::NETNS, "Hash", m::MAX_NETNS),
         spec::<Addr, Endpoint>(m::ENDPOINTS, "Hash", m::MAX_ENDPOINTS),
         spec::<PrefixKey, Identity>(m::IDENTITIES, "LpmTrie", m::MAX_IDENTITIES),
         spec::<PrefixKey, Tunnel>(m::TUNNELS, "LpmTrie", m::MAX_TUNNELS),

@@ -65,6 +65,10 @@ impl PrefixKeyed for keelway_layout::CidrKey {
     type Data = [u8; 24];
 }
 
+impl PrefixKeyed for keelway_layout::SourceRangeKey {
+    type Data = [u8; 20];
+}
+
 fn to_lpm<K: PrefixKeyed>(key: &K) -> LpmKey<Raw<K::Data>> {
     let (len, data) = key.as_bytes().split_at(4);
     let len = u32::from_ne_bytes(len.try_into().expect("four bytes"));

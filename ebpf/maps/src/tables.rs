@@ -1,8 +1,9 @@
 use aya::Ebpf;
 use aya::maps::{Array, MapData, MapError, PerCpuArray, PerCpuHashMap};
 use keelway_layout::{
-    Addr, Backend, CidrKey, CtEntry, CtKey, Endpoint, Frontend, FrontendKey, Identity, NatEntry, NodeConfig, NodeState,
-    PrefixKey, RuleKey, SlotKey, SockBackend, SockFrontend, SockKey, Tunnel, maps as m,
+    Addr, Affinity, AffinityKey, Backend, CidrKey, CtEntry, CtKey, Endpoint, Frontend, FrontendKey, Identity, NatEntry,
+    NetnsPod, NodeConfig, NodeState, PrefixKey, RuleKey, SlotKey, SockBackend, SockFrontend, SockKey, SourceRangeKey,
+    Tunnel, maps as m,
 };
 
 use crate::error::{Error, TableError};
@@ -30,6 +31,12 @@ pub struct Tables {
     pub slots: KernelTable<SlotKey, u32>,
     /// Backends by id.
     pub backends: KernelTable<u32, Backend>,
+    /// Clients that frontends with ranges serve.
+    pub source_ranges: KernelTable<SourceRangeKey, u32>,
+    /// Backends that clients stay with (written by programs).
+    pub affinity: KernelTable<AffinityKey, Affinity>,
+    /// Local pods by the cookie of their network namespace.
+    pub netns: KernelTable<u64, NetnsPod>,
     /// Local pods by address.
     pub endpoints: KernelTable<Addr, Endpoint>,
     /// Identities by prefix.
@@ -75,6 +82,9 @@ impl Tables {
             frontends: open!(ebpf, hash, m::FRONTENDS, m::MAX_FRONTENDS),
             slots: open!(ebpf, hash, m::SLOTS, m::MAX_SLOTS),
             backends: open!(ebpf, hash, m::BACKENDS, m::MAX_BACKENDS),
+            source_ranges: open!(ebpf, prefix, m::SOURCE_RANGES, m::MAX_SOURCE_RANGES),
+            affinity: open!(ebpf, hash, m::AFFINITY, m::MAX_AFFINITY),
+            netns: open!(ebpf, hash, m::NETNS, m::MAX_NETNS),
             endpoints: open!(ebpf, hash, m::ENDPOINTS, m::MAX_ENDPOINTS),
             identities: open!(ebpf, prefix, m::IDENTITIES, m::MAX_IDENTITIES),
             tunnels: open!(ebpf, prefix, m::TUNNELS, m::MAX_TUNNELS),
@@ -139,6 +149,9 @@ impl Tables {
             of(&self.frontends, false)?,
             of(&self.slots, false)?,
             of(&self.backends, false)?,
+            of(&self.source_ranges, false)?,
+            of(&self.affinity, true)?,
+            of(&self.netns, false)?,
             of(&self.endpoints, false)?,
             of(&self.identities, false)?,
             of(&self.tunnels, false)?,

@@ -4,8 +4,9 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, LruPerCpuHashMap, PerCpuArray, ProgramArray, RingBuf};
 use keelway_layout::{
-    Addr, Backend, Counter, CtEntry, CtKey, Endpoint, EndpointDropKey, FragKey, FragPorts, Frontend, FrontendKey,
-    Identity, NatEntry, NodeConfig, NodeState, SlotKey, SockBackend, SockFrontend, SockKey, Tunnel, maps as m,
+    Addr, Affinity, AffinityKey, Backend, Counter, CtEntry, CtKey, Endpoint, EndpointDropKey, FragKey, FragPorts,
+    Frontend, FrontendKey, Identity, NatEntry, NetnsPod, NodeConfig, NodeState, SlotKey, SockBackend, SockFrontend,
+    SockKey, Tunnel, maps as m,
 };
 
 // Without preallocation a table costs what it holds, not what it may hold.
@@ -17,13 +18,19 @@ pub static FRONTENDS: HashMap<FrontendKey, Frontend> = HashMap::pinned(m::MAX_FR
 pub static SLOTS: HashMap<SlotKey, u32> = HashMap::pinned(m::MAX_SLOTS, GROWS);
 #[map(name = "kw_backends")]
 pub static BACKENDS: HashMap<u32, Backend> = HashMap::pinned(m::MAX_BACKENDS, GROWS);
+#[map(name = "kw_src_ranges")]
+pub static SOURCE_RANGES: LpmTrie<[u32; 5], u32> = LpmTrie::pinned(m::MAX_SOURCE_RANGES, 0);
+#[map(name = "kw_affinity")]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity> = LruHashMap::pinned(m::MAX_AFFINITY, 0);
+#[map(name = "kw_netns")]
+pub static NETNS: HashMap<u64, NetnsPod> = HashMap::pinned(m::MAX_NETNS, GROWS);
 #[map(name = "kw_sock_rev")]
 pub static SOCK_REVERSE: LruHashMap<SockKey, SockFrontend> = LruHashMap::pinned(m::MAX_SOCK_REVERSE, 0);
 #[map(name = "kw_sock_fwd")]
 pub static SOCK_FORWARD: LruHashMap<SockKey, SockBackend> = LruHashMap::pinned(m::MAX_SOCK_FORWARD, 0);
 #[map(name = "kw_endpoints")]
 pub static ENDPOINTS: HashMap<Addr, Endpoint> = HashMap::pinned(m::MAX_ENDPOINTS, 0);
-// The key types of the tries name only what follows the prefix length: sixteen, twelve and twenty-four bytes.
+// The key types of the tries name only what follows the prefix length.
 #[map(name = "kw_identities")]
 pub static IDENTITIES: LpmTrie<[u32; 4], Identity> = LpmTrie::pinned(m::MAX_IDENTITIES, 0);
 #[map(name = "kw_tunnels")]
