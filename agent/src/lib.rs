@@ -13,3 +13,4 @@ pub mod install;
 pub mod proc_sys;
 pub mod run;
 pub mod source;
+pub mod sweep;

@@ -36,6 +36,7 @@ use crate::inspect::InspectService;
 use crate::source::kube::Kubernetes;
 use crate::source::manifests::Manifests;
 use crate::source::{CHANNEL_CAPACITY, Event, Node, Source, Status};
+use crate::sweep::{self, Flows};
 
 /// How often the host's state is compared with what it should be, and the agent's sign of life renewed.
 const HOST_PERIOD: Duration = Duration::from_secs(30);
@@ -87,7 +88,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         health: health.clone(),
         metrics: metrics.clone(),
     };
+    let sweep = datapath.sweep()?;
     let engine = Engine::start(settings, datapath, leases, wiring)?;
+    let flows = Flows::default();
+    tokio::spawn(sweep::run(sweep, engine.clone(), flows.clone()));
 
     let netlink = Netlink::open()?;
     let (network_tx, network) = watch::channel(None);
@@ -106,7 +110,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         attachments: attachments.clone(),
     };
     tokio::spawn(host_task.run());
-    serve_http(listeners, health, metrics, &engine, &status);
+    serve_http(listeners, health, metrics, &engine, &status, flows);
     let inspect =
         InspectService { engine: engine.clone(), source: status, config: config.clone(), network, host_problem };
     serve_api(&config, attachments.clone(), inspect)?;
@@ -179,7 +183,7 @@ impl Listeners {
     }
 }
 
-fn serve_http(listeners: Listeners, health: Health, metrics: Metrics, engine: &Handle, status: &Status) {
+fn serve_http(listeners: Listeners, health: Health, metrics: Metrics, engine: &Handle, status: &Status, flows: Flows) {
     if let Some(listener) = listeners.health {
         tokio::spawn(http::serve(listener, http::health_routes(health, metrics.clone())));
     }
@@ -188,6 +192,9 @@ fn serve_http(listeners: Listeners, health: Health, metrics: Metrics, engine: &H
         let runtime = tokio::runtime::Handle::current();
         let refresh: http::Refresh = Arc::new(move |metrics: &Metrics| {
             metrics.set_source(&status);
+            for table in flows.found() {
+                metrics.set_flows(table.name, table.live, table.expired, table.removed);
+            }
             let snapshot = runtime.block_on(engine.ask(|reply| Command::Status { reply }));
             for fill in snapshot.iter().flat_map(|snapshot| &snapshot.fill) {
                 metrics.set_map(fill.name, fill.entries, fill.capacity.into());

@@ -33,6 +33,12 @@ struct MapLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FlowLabels {
+    map: String,
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabel {
     kind: String,
 }
@@ -61,6 +67,8 @@ struct Inner {
     drop_bytes: Family<DropLabels, Counter>,
     map_entries: Family<MapLabel, Gauge>,
     map_capacity: Family<MapLabel, Gauge>,
+    flow_entries: Family<FlowLabels, Gauge>,
+    flows_swept: Family<MapLabel, Counter>,
     source_synced: Family<KindLabel, Gauge>,
     source_objects: Family<KindLabel, Gauge>,
     source_errors: Counter,
@@ -122,6 +130,12 @@ impl Metrics {
             drop_bytes: registered!("drop_bytes", "Bytes of packets dropped", Family::default()),
             map_entries: registered!("map_entries", "Entries of a kernel table", Family::default()),
             map_capacity: registered!("map_capacity", "Entries that a kernel table can hold", Family::default()),
+            flow_entries: registered!(
+                "flow_entries",
+                "Entries of a table of flows within their time (live) and past it (expired), as last counted",
+                Family::default()
+            ),
+            flows_swept: registered!("flows_swept", "Expired entries removed by this agent", Family::default()),
             source_synced: registered!("source_synced", "1 after the first full list of a kind", Family::default()),
             source_objects: registered!("source_objects", "Objects of a kind that are known", Family::default()),
             source_errors: registered!("source_errors", "Failures to read desired state", Counter::default()),
@@ -184,6 +198,16 @@ impl Metrics {
         self.0.map_capacity.get_or_create(&labels).set(capacity as i64);
     }
 
+    /// What the sweep of a table of flows found and removed.
+    pub fn set_flows(&self, map: &str, live: u64, expired: u64, removed: u64) {
+        for (state, entries) in [("live", live), ("expired", expired)] {
+            let labels = FlowLabels { map: map.to_owned(), state };
+            self.0.flow_entries.get_or_create(&labels).set(entries as i64);
+        }
+        let labels = MapLabel { map: map.to_owned() };
+        self.0.flows_swept.get_or_create(&labels).inner().store(removed, Ordering::Relaxed);
+    }
+
     /// What the source knows about itself.
     pub fn set_source(&self, status: &Status) {
         for kind in Kind::ALL {
@@ -216,6 +240,7 @@ mod tests {
         metrics.count_healthz(503);
         metrics.set_drops("policy", "pod-ingress", 5, 300);
         metrics.set_map("conntrack4", 10, 100);
+        metrics.set_flows("conntrack4", 6, 4, 9);
         metrics.set_source(&Status::default());
         let text = metrics.encode();
         for line in [
@@ -230,6 +255,9 @@ mod tests {
             "keelway_drop_bytes_total{reason=\"policy\",hook=\"pod-ingress\"} 300",
             "keelway_map_entries{map=\"conntrack4\"} 10",
             "keelway_map_capacity{map=\"conntrack4\"} 100",
+            "keelway_flow_entries{map=\"conntrack4\",state=\"live\"} 6",
+            "keelway_flow_entries{map=\"conntrack4\",state=\"expired\"} 4",
+            "keelway_flows_swept_total{map=\"conntrack4\"} 9",
             "keelway_source_synced{kind=\"Pod\"} 0",
             "keelway_source_errors_total 0",
         ] {

@@ -40,7 +40,21 @@ pub struct CtKey {
     pub reserved: u16,
 }
 
+/// Nanoseconds by which an entry is past its time before the sweep removes it. A program that found the entry alive may still
+/// prolong it; none runs that long.
+pub const SWEEP_GRACE: u64 = 5_000_000_000;
+/// Keys in one run of the sweep.
+pub const SWEEP_KEYS: u32 = 64;
+/// Bytes before the first of them: the kernel wants a frame's header there.
+pub const SWEEP_HEADER: u32 = 16;
+
 impl CtKey {
+    /// Whether this is a key of the table of masqueraded flows.
+    #[inline(always)]
+    pub const fn is_nat(&self) -> bool {
+        matches!(self.scope, scope::NAT_OUT | scope::NAT_IN)
+    }
+
     /// The same flow seen from the other side, in `scope`.
     #[inline(always)]
     pub const fn reversed(&self, scope: u8) -> Self {

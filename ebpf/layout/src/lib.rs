@@ -20,7 +20,7 @@ mod policy;
 
 pub use addr::{Addr, Port};
 pub use count::{Counter, CounterKey, DropEvent, EndpointDropKey, HOOKS, Hook, REASONS, Reason};
-pub use ct::{CtEntry, CtKey, FragKey, FragPorts, NatEntry, ct_flags, scope};
+pub use ct::{CtEntry, CtKey, FragKey, FragPorts, NatEntry, SWEEP_GRACE, SWEEP_HEADER, SWEEP_KEYS, ct_flags, scope};
 pub use endpoint::{Endpoint, endpoint_flags};
 pub use lb::{
     Affinity, AffinityKey, Backend, From, Frontend, FrontendKey, MEMBER_BIT, NetnsPod, SlotKey, SockBackend,

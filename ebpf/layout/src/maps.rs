@@ -30,6 +30,8 @@ pub const CIDRS: &str = "kw_cidrs";
 pub const CONNTRACK: &str = "kw_conntrack";
 /// Masqueraded flows.
 pub const NAT: &str = "kw_nat";
+/// Keys of [`CONNTRACK`] and [`NAT`] of which one program is about to replace or remove an entry that is past its time.
+pub const CLAIMS: &str = "kw_claims";
 /// Ports of fragmented datagrams.
 pub const FRAGMENTS: &str = "kw_fragments";
 /// [`crate::NodeConfig`].
@@ -73,6 +75,8 @@ pub const MAX_CIDRS: u32 = 131_072;
 pub const MAX_CONNTRACK: u32 = 262_144;
 /// Entries of [`NAT`]; a flow takes two.
 pub const MAX_NAT: u32 = 131_072;
+/// Entries of [`CLAIMS`]; a CPU has at most two at a time.
+pub const MAX_CLAIMS: u32 = 4_096;
 /// Entries of [`FRAGMENTS`].
 pub const MAX_FRAGMENTS: u32 = 8_192;
 /// Entries of [`COUNTERS`].

@@ -63,6 +63,10 @@ pub(crate) struct Attachments {
 }
 
 impl Attachments {
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
     pub fn new(pins: Pins) -> Self {
         Self { pins, states: BTreeMap::new(), others: BTreeMap::new() }
     }

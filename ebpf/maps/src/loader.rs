@@ -1,16 +1,19 @@
 //! Loading: check the pins, load beside what runs, switch by one word.
 
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use aya::maps::ProgramArray;
-use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
+use aya::maps::{MapData, ProgramArray};
+use aya::programs::{CgroupSockAddr, ProgramError, ProgramFd, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
-use keelway_layout::{Hook, NodeState};
+use keelway_layout::{Hook, NodeState, maps};
 
 use crate::attach::Attachments;
 use crate::error::Error;
 use crate::object::object;
 use crate::pins::{Pins, specs};
+use crate::sweep::Sweep;
+use crate::sys;
 use crate::tables::Tables;
 
 /// A hook's two programs and the array between them.
@@ -44,6 +47,20 @@ pub const HOOKS: &[HookPrograms] = hooks! {
     Getpeername4, "getpeername4", "getpeername4_work", "kwp_peername4", true;
     Getpeername6, "getpeername6", "getpeername6_work", "kwp_peername6", true;
 };
+
+/// Attached nowhere; see [`crate::Sweep`].
+const SWEEP: &str = "sweep";
+
+/// What a hook did with a packet of a test.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The program's verdict, `TC_ACT_...` of `linux/pkt_cls.h`.
+    pub verdict: i32,
+    /// The packet as it left it.
+    pub packet: Vec<u8>,
+    /// Nanoseconds that each run took.
+    pub nanoseconds: u32,
+}
 
 /// The loaded programs, the open tables and what is attached.
 pub struct Datapath {
@@ -92,6 +109,7 @@ impl Datapath {
                 load(&mut ebpf, name, hook.socket)?;
             }
         }
+        load(&mut ebpf, SWEEP, false)?;
         let tables = Tables::open(&mut ebpf)?;
         Ok(Self { ebpf, tables, attachments: Attachments::new(pins) })
     }
@@ -105,9 +123,8 @@ impl Datapath {
         let state = self.tables.state()?;
         let generation = state.generation.wrapping_add(1);
         for hook in HOOKS {
-            let program = self.ebpf.program(hook.work).and_then(|program| program.fd().ok());
-            let program = program
-                .ok_or_else(|| missing(hook.work))?
+            let program = self
+                .program(hook.work)?
                 .try_clone()
                 .map_err(|error| Error::Refused { what: hook.work.into(), reason: error.to_string() })?;
             let map = self.ebpf.map_mut(hook.array).ok_or_else(|| missing(hook.array))?;
@@ -118,6 +135,37 @@ impl Datapath {
         }
         self.tables.set_state(NodeState { generation, ..state })?;
         Ok(generation)
+    }
+
+    /// What removes flows that are past their time. It shares the maps and works on its own.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn sweep(&self) -> Result<Sweep, Error> {
+        let refused = |error: &dyn std::fmt::Display| Error::Refused { what: SWEEP.into(), reason: error.to_string() };
+        let pinned =
+            |name: &str| MapData::from_pin(self.attachments.pins().maps().join(name)).map_err(|error| refused(&error));
+        let (conntrack, nat) = (pinned(maps::CONNTRACK)?, pinned(maps::NAT)?);
+        let program = self.program(SWEEP)?.as_fd().try_clone_to_owned().map_err(|error| refused(&error))?;
+        Sweep::new(program, &conntrack, &nat).map_err(|error| refused(&error))
+    }
+
+    /// Runs what this build does at a tc hook on a packet, Ethernet header first, as if it came by this network namespace's
+    /// loopback device: `repeat` times, on what the run before left. Nothing is sent anywhere.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn run(&self, hook: Hook, packet: &[u8], repeat: u32) -> Result<Run, Error> {
+        let hook = HOOKS.iter().find(|programs| programs.hook == hook).ok_or_else(|| missing(hook.name()))?;
+        let mut out = vec![0; packet.len() + 256];
+        let run = sys::test_run(self.program(hook.work)?.as_fd(), packet, &mut out, repeat)
+            .map_err(|error| Error::Refused { what: format!("a run of {}", hook.work), reason: error.to_string() })?;
+        out.truncate(run.len);
+        Ok(Run { verdict: run.verdict.cast_signed(), packet: out, nanoseconds: run.duration })
+    }
+
+    fn program(&self, name: &str) -> Result<&ProgramFd, Error> {
+        self.ebpf.program(name).and_then(|program| program.fd().ok()).ok_or_else(|| missing(name))
     }
 
     pub(crate) fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier, Error> {

@@ -120,6 +120,7 @@ pub fn specs() -> Vec<Spec> {
         spec::<CidrKey, u32>(m::CIDRS, "LpmTrie", m::MAX_CIDRS),
         spec::<CtKey, CtEntry>(m::CONNTRACK, "LruHash", m::MAX_CONNTRACK),
         spec::<CtKey, NatEntry>(m::NAT, "LruHash", m::MAX_NAT),
+        spec::<CtKey, u32>(m::CLAIMS, "Hash", m::MAX_CLAIMS),
         spec::<FragKey, FragPorts>(m::FRAGMENTS, "LruHash", m::MAX_FRAGMENTS),
         spec::<u32, NodeConfig>(m::NODE, "Array", 1),
         spec::<u32, NodeState>(m::STATE, "Array", 1),

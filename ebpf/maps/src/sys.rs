@@ -90,3 +90,107 @@ fn link_info(fd: BorrowedFd<'_>) -> io::Result<Link> {
     };
     Ok(Link { id: info.id, program_id: info.program_id, target })
 }
+
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+
+#[repr(C)]
+struct TestRunAttr {
+    program: u32,
+    verdict: u32,
+    size_in: u32,
+    size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    context_size_in: u32,
+    context_size_out: u32,
+    context_in: u64,
+    context_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    padding: u32,
+}
+
+#[repr(C)]
+struct BatchAttr {
+    from: u64,
+    to: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
+/// What came of running a program on a packet.
+pub struct TestRun {
+    /// What it returned.
+    pub verdict: u32,
+    /// Bytes of the packet that it left.
+    pub len: usize,
+    /// Nanoseconds of each run.
+    pub duration: u32,
+}
+
+/// Runs a tc program `repeat` times on the packet in `data`, which then holds what it made of it.
+pub fn test_run(program: BorrowedFd<'_>, data: &[u8], out: &mut [u8], repeat: u32) -> io::Result<TestRun> {
+    let mut attr = TestRunAttr {
+        program: program.as_raw_fd().cast_unsigned(),
+        verdict: 0,
+        size_in: u32::try_from(data.len()).map_err(io::Error::other)?,
+        size_out: u32::try_from(out.len()).map_err(io::Error::other)?,
+        data_in: data.as_ptr().addr() as u64,
+        data_out: out.as_mut_ptr().addr() as u64,
+        repeat,
+        duration: 0,
+        context_size_in: 0,
+        context_size_out: 0,
+        context_in: 0,
+        context_out: 0,
+        flags: 0,
+        cpu: 0,
+        batch_size: 0,
+        padding: 0,
+    };
+    // SAFETY: both buffers live through the call and have the lengths given; the kernel writes to `out` and to `attr` alone.
+    let code = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRunAttr>()) };
+    if code < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(TestRun { verdict: attr.verdict, len: attr.size_out as usize, duration: attr.duration })
+}
+
+/// Copies entries of a hash map out, from where `cursor` says, which then says where to go on; nothing at the end. `keys` and
+/// `values` have room for the same number; the number of those filled in.
+pub fn lookup_batch(
+    map: BorrowedFd<'_>,
+    cursor: &mut Option<u32>,
+    (keys, key_size): (&mut [u8], usize),
+    (values, value_size): (&mut [u8], usize),
+) -> io::Result<usize> {
+    let room = (keys.len() / key_size).min(values.len() / value_size);
+    let (from, mut next) = (cursor.unwrap_or(0), 0_u32);
+    let mut attr = BatchAttr {
+        from: if cursor.is_some() { (&raw const from).addr() as u64 } else { 0 },
+        to: (&raw mut next).addr() as u64,
+        keys: keys.as_mut_ptr().addr() as u64,
+        values: values.as_mut_ptr().addr() as u64,
+        count: u32::try_from(room).map_err(io::Error::other)?,
+        map: map.as_raw_fd().cast_unsigned(),
+        element_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: all that `attr` names lives through the call, and the buffers have room for `count` keys and values.
+    let code = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_LOOKUP_BATCH, &raw mut attr, size_of::<BatchAttr>()) };
+    let error = io::Error::last_os_error();
+    *cursor = match (code, error.raw_os_error()) {
+        (0, _) => Some(next),
+        (_, Some(libc::ENOENT)) => None,
+        _ => return Err(error),
+    };
+    Ok(attr.count as usize)
+}

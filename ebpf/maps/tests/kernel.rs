@@ -1,33 +1,14 @@
 //! Against the kernel, as root: every program passes the verifier, pins are checked, generations change over, hooks outlive
 //! the process that attached them.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::Bpffs;
 use keelway_layout::{Addr, Endpoint, Hook};
 use keelway_maps::{Datapath, Error, Table, cleanup};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-
-/// A bpffs of the test's own, gone with it.
-struct Bpffs(tempfile::TempDir);
-
-impl Bpffs {
-    fn new() -> Self {
-        assert!(nix::unistd::geteuid().is_root(), "these tests load BPF programs and need root");
-        let dir = tempfile::tempdir().unwrap();
-        mount(Some("bpf"), dir.path(), Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
-        Self(dir)
-    }
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-}
-
-impl Drop for Bpffs {
-    fn drop(&mut self) {
-        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
-    }
-}
 
 /// A cgroup of the test's own.
 struct Cgroup(PathBuf);

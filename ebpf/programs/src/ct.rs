@@ -2,6 +2,7 @@
 
 use keelway_layout::{Addr, CtEntry, CtKey, Endpoint, NodeState, Port, Reason, ct_flags, scope};
 
+use crate::claim;
 use crate::maps::{CONNTRACK, STATE};
 use crate::parse::{ACK, FIN, Packet, RST, SYN, TCP, UDP};
 
@@ -164,10 +165,20 @@ pub struct Admission {
     pub dialled: (Addr, Port),
 }
 
-/// Writes an entry.
-#[inline(always)]
+/// Writes an entry: a new one, or in place of one that the caller found to be past its time or another's.
+#[inline(never)]
 pub fn insert(key: &CtKey, entry: &CtEntry) -> Result<(), Reason> {
-    CONNTRACK.insert(key, entry, 0).map_err(|_| Reason::FlowTableFull)
+    const BPF_NOEXIST: u64 = 1;
+    if CONNTRACK.insert(key, entry, BPF_NOEXIST).is_ok() {
+        return Ok(());
+    }
+    // The sweep may be about to remove what is there, and would remove this instead.
+    if !claim::take(key) {
+        return Err(Reason::FlowTableFull);
+    }
+    let done = CONNTRACK.insert(key, entry, 0);
+    claim::release(key);
+    done.map_err(|_| Reason::FlowTableFull)
 }
 
 /// Forgets a flow.

@@ -3,10 +3,12 @@
 //! all hooks of the node change over together and none is ever detached.
 //!
 //! `parse` -> `lb`, `ct`, `policy`, `nat` decide -> `rewrite`, `deliver`, `refuse` act; `count` keeps the account; `kernel` holds
-//! the helpers. `pod`, `node`, `vxlan` and `sock` are the hooks.
+//! the helpers. `pod`, `node`, `vxlan` and `sock` are the hooks. `sweep` is run by the agent, and `claim` keeps it
+//! and the hooks apart.
 #![no_std]
 #![no_main]
 
+mod claim;
 mod count;
 mod ct;
 mod deliver;
@@ -21,6 +23,7 @@ mod policy;
 mod refuse;
 mod rewrite;
 mod sock;
+mod sweep;
 mod vxlan;
 
 use aya_ebpf::EbpfContext;
@@ -130,6 +133,12 @@ sock_hooks! {
     recvmsg6, recvmsg6, recvmsg6_work, RECVMSG6, Recvmsg6, v6, sock::show;
     getpeername4, getpeername4, getpeername4_work, GETPEERNAME4, Getpeername4, v4, sock::show;
     getpeername6, getpeername6, getpeername6_work, GETPEERNAME6, Getpeername6, v6, sock::show;
+}
+
+/// Attached nowhere: the agent runs it.
+#[classifier]
+pub fn sweep(ctx: TcContext) -> i32 {
+    sweep::sweep(Skb::new(ctx.skb.skb))
 }
 
 #[panic_handler]

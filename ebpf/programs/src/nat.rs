@@ -2,6 +2,7 @@
 
 use keelway_layout::{Addr, CtKey, NatEntry, NodeConfig, Port, Reason, ct_flags, identity, node_flags, scope};
 
+use crate::claim;
 use crate::ct::lifetime;
 use crate::kernel::{Skb, random};
 use crate::maps::NAT;
@@ -95,6 +96,22 @@ fn answer(key: &CtKey, addr: Addr, port: Port) -> CtKey {
     }
 }
 
+/// Writes an entry: a new one, or in place of one that is past its time at `now`; at the end of all time, of any.
+#[inline(never)]
+fn insert(key: &CtKey, entry: &NatEntry, now: u64) -> bool {
+    const BPF_NOEXIST: u64 = 1;
+    if NAT.insert(key, entry, BPF_NOEXIST).is_ok() {
+        return true;
+    }
+    // Two CPUs may want one port, and the sweep may be about to remove what was there.
+    if !claim::take(key) {
+        return false;
+    }
+    let done = get(key, now).is_none() && NAT.insert(key, entry, 0).is_ok();
+    claim::release(key);
+    done
+}
+
 /// Finds a free port and takes it, for both directions.
 #[inline(never)]
 fn claim(key: &CtKey, packet: &Packet, node: &NodeConfig, addr: Addr, now: u64) -> Result<Port, Reason> {
@@ -109,14 +126,11 @@ fn claim(key: &CtKey, packet: &Packet, node: &NodeConfig, addr: Addr, now: u64) 
             continue;
         }
         let entry = NatEntry { expires, addr: key.src, port: key.sport, reserved16: 0, flags: 0 };
-        // Two CPUs may want one port: only a new key is taken, unless what is there has expired.
-        let stale = NAT.get_ptr_mut(&back).is_some();
-        if NAT.insert(&back, &entry, if stale { 0 } else { 1 }).is_err() {
+        if !insert(&back, &entry, now) {
             continue;
         }
         let entry = NatEntry { expires, addr, port, reserved16: 0, flags: 0 };
-        NAT.insert(key, &entry, 0).map_err(|_| Reason::FlowTableFull)?;
-        return Ok(port);
+        return if insert(key, &entry, u64::MAX) { Ok(port) } else { Err(Reason::FlowTableFull) };
     }
     Err(Reason::NatExhausted)
 }
