@@ -1,40 +1,45 @@
 # Thin names over cargo and the scripts of hack/; each target says what it does while it runs.
-.PHONY: help setup build test lint lab bench demo demo-cluster conformance-network cluster-programs kernels clean
+.PHONY: help setup build test lint lab bench demo demo-cluster conformance-network cluster-programs kernels clean \
+	setup-build setup-lab setup-cluster
 .DEFAULT_GOAL := help
 
-LAB := target/release/keelway-lab
+LAB := $(or $(CARGO_TARGET_DIR),target)/release/keelway-lab
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
-setup: ## prepare a Debian 12 machine; quick when nothing is missing
+setup: ## prepare a Debian 12 machine for everything below; quick when nothing is missing
 	@hack/setup
 
-build: setup ## build every program into target/release
+# What a target needs of it.
+setup-build setup-lab setup-cluster:
+	@hack/setup $(@:setup-%=%)
+
+build: setup-build ## build every program into target/release
 	@hack/build
 
 test: setup ## run every suite; ends in a table
 	@cargo xtask test
 
-lint: ## format, walls, scripts, licences and clippy
+lint: ## format, walls, scripts, licences and clippy; what is not installed is skipped and named
 	@cargo xtask test format walls scripts "licences and bans" clippy
 
-lab: build ## two nodes to look around in, until Ctrl-C
+lab: setup-lab build ## two nodes to look around in, until Ctrl-C
 	@$(LAB) lab
 
-demo: build ## the whole story on two nodes without Kubernetes; ends in a table
+demo: setup-lab build ## the whole story on two nodes without Kubernetes; ends in a table
 	@$(LAB) demo
 
-bench: build ## latency, throughput, time of programs, CNI calls, memory, each beside its peer; ends in a table
+bench: setup-lab build ## latency, throughput, time of programs, CNI calls, memory, each beside its peer; ends in a table
 	@$(LAB) bench
 
-cluster-programs: build ## build etcd, Kubernetes, containerd, CoreDNS, the CSI sidecars into the cache (11 min once)
+cluster-programs: setup-lab setup-cluster build ## build etcd, Kubernetes, containerd, CoreDNS, the CSI sidecars into the cache (11 min once)
 	@$(LAB) cluster build
 
 demo-cluster: cluster-programs ## the same on a real Kubernetes
 	@$(LAB) demo-cluster
 
-conformance-network: build ## upstream's [sig-network] conformance specs on a real Kubernetes
+conformance-network: setup-lab setup-cluster build ## upstream's [sig-network] conformance specs on a real Kubernetes
 	@$(LAB) cluster build --suite
 	@hack/conformance-network
 

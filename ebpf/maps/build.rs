@@ -10,7 +10,9 @@ const NO_TOOLCHAIN: i32 = 3;
 
 fn main() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    for watched in ["ebpf/programs/src", "ebpf/programs/Cargo.toml", "ebpf/layout/src", "hack/build-bpf"] {
+    for watched in
+        ["ebpf/programs/src", "ebpf/programs/Cargo.toml", "ebpf/layout/src", "hack/build-bpf", "hack/bpf-toolchain.sh"]
+    {
         println!("cargo:rerun-if-changed={}", root.join(watched).display());
     }
     println!("cargo:rerun-if-env-changed=KEELWAY_BPF_OBJECT");
@@ -28,6 +30,8 @@ fn main() {
         Ok(status) if status.success() => {}
         Ok(status) if status.code() == Some(NO_TOOLCHAIN) => {
             println!("cargo:warning=built without the kernel side: run `make setup`, or set KEELWAY_BPF_OBJECT");
+            // Asked again at each build, by a file that is never there, since the toolchain may be there then.
+            println!("cargo:rerun-if-changed={}", out_dir.join("no-toolchain").display());
             std::fs::write(&object, []).expect("OUT_DIR is writable");
         }
         Ok(status) => panic!("hack/build-bpf failed: {status}"),

@@ -32,7 +32,13 @@ pub fn run(title: &str, command: &[&str], log: &Path, limit: Duration) -> anyhow
     let started = Instant::now();
     let (program, arguments) = command.split_first().context("a command has a program")?;
     // A group of its own, so that what the tests started goes with them when the time is up.
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    // What `cargo run` says about this program. Build scripts watch some of it (ring's does), and would take the same
+    // sources for others than they are in a shell: the agent would be built a second time.
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_about_this_program)) {
+        command.env_remove(name);
+    }
+    let mut child = command
         .args(arguments)
         .env("KEELWAY_BIN", release_directory()?)
         .stdin(Stdio::null())
@@ -60,6 +66,11 @@ pub fn run(title: &str, command: &[&str], log: &Path, limit: Duration) -> anyhow
     };
     let output = String::from_utf8_lossy(&std::fs::read(log)?).into_owned();
     Ok(Outcome { success: status.is_some_and(|s| s.success()), output, seconds: started.elapsed().as_secs_f64() })
+}
+
+/// Whether cargo sets this variable for the package that it runs, as `CARGO_HOME` and the like are not.
+fn is_about_this_program(name: &str) -> bool {
+    name == "CARGO" || name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
 }
 
 /// Where the lab's tests find the programs that `hack/build` made.
@@ -104,6 +115,19 @@ mod tests {
         let outcome = run("t", &["sh", "-c", "echo out; echo err >&2; exit 3"], &log, Duration::from_secs(10)).unwrap();
         assert!(!outcome.success);
         assert_eq!(outcome.output, "out\nerr\n");
+    }
+
+    /// Cargo runs this test, too, and says so in variables.
+    #[test]
+    fn cargo_in_a_suite_sees_what_it_sees_in_a_shell() {
+        let directory = tempfile::tempdir().unwrap();
+        let outcome = run("t", &["env"], &directory.path().join("log"), Duration::from_secs(10)).unwrap();
+        let names: Vec<_> = outcome.output.lines().filter_map(|line| line.split('=').next()).collect();
+        assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some());
+        assert!(names.contains(&"PATH"));
+        for set in ["CARGO", "CARGO_PKG_NAME", "CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH"] {
+            assert!(!names.contains(&set), "{set} is handed on");
+        }
     }
 
     #[test]

@@ -27,8 +27,8 @@ struct Suite {
     name: &'static str,
     command: &'static [&'static str],
     judge: Judge,
-    /// A program that the suite cannot do without, and what to say when it is not there.
-    needs: Option<(&'static str, &'static str)>,
+    /// Programs that the suite cannot do without, each with the part of `hack/setup` that installs it.
+    needs: &'static [(&'static str, &'static str)],
     limit: Duration,
 }
 
@@ -43,37 +43,43 @@ const SUITES: &[Suite] = &[
         name: "format",
         command: &["cargo", "fmt", "--all", "--check"],
         judge: Judge::Status,
-        needs: None,
+        needs: &[("cargo-fmt", "lint")],
         limit: minutes(2),
     },
     Suite {
         name: "walls",
         command: &["cargo", "xtask", "walls"],
         judge: Judge::Status,
-        needs: None,
+        needs: &[],
         limit: minutes(5),
     },
     Suite {
         name: "scripts",
         command: &["hack/lint-scripts"],
         judge: Judge::Status,
-        needs: Some(("shellcheck", "shellcheck is not installed: make setup")),
+        needs: &[("shellcheck", "lint")],
         limit: minutes(2),
     },
     Suite {
         name: "licences and bans",
-        command: &["cargo", "deny", "--offline", "check", "licenses", "bans", "sources"],
+        command: &["cargo", "deny", "--locked", "check", "licenses", "bans", "sources"],
         judge: Judge::Status,
-        needs: Some(("cargo-deny", "cargo-deny is not installed: cargo install --locked cargo-deny")),
+        needs: &[("cargo-deny", "lint")],
         limit: minutes(5),
     },
-    Suite { name: "clippy", command: &["hack/clippy"], judge: Judge::Status, needs: None, limit: minutes(30) },
+    Suite {
+        name: "clippy",
+        command: &["hack/clippy"],
+        judge: Judge::Status,
+        needs: &[("cargo-clippy", "lint")],
+        limit: minutes(30),
+    },
     Suite {
         // The lab's nodes run these, as a user's nodes would.
         name: "build",
         command: &["hack/build"],
         judge: Judge::Status,
-        needs: None,
+        needs: &[],
         limit: minutes(40),
     },
     Suite {
@@ -86,7 +92,7 @@ const SUITES: &[Suite] = &[
             "--package=keelway-policy", "--package=keelway-proxy", "--", "--show-output",
         ],
         judge: Judge::Libtest,
-        needs: None,
+        needs: &[],
         limit: minutes(40),
     },
     Suite {
@@ -96,7 +102,7 @@ const SUITES: &[Suite] = &[
             "--show-output", "--test-threads=1",
         ],
         judge: Judge::Sanity,
-        needs: None,
+        needs: &[],
         limit: minutes(10),
     },
     Suite {
@@ -107,14 +113,14 @@ const SUITES: &[Suite] = &[
             "--", "--ignored", "--show-output",
         ],
         judge: Judge::Libtest,
-        needs: None,
+        needs: &[],
         limit: minutes(15),
     },
     Suite {
         name: "lab",
         command: &["cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-lab", "--", "--show-output"],
         judge: Judge::Libtest,
-        needs: None,
+        needs: &[],
         limit: minutes(30),
     },
     Suite {
@@ -122,14 +128,14 @@ const SUITES: &[Suite] = &[
         name: "cluster",
         command: &["make", "--no-print-directory", "demo-cluster"],
         judge: Judge::Status,
-        needs: Some(("go", "Go is not installed: it builds the cluster's programs")),
+        needs: &[("go", "cluster")],
         limit: minutes(40),
     },
     Suite {
         name: "kernels 6.1 and 6.12",
         command: &["cargo", "xtask", "kernels"],
         judge: Judge::Rows,
-        needs: Some(("qemu-system-x86_64", "QEMU is not installed: make setup")),
+        needs: &[("qemu-system-x86_64", "kernels"), ("go", "cluster")],
         limit: minutes(30),
     },
 ];
@@ -154,11 +160,10 @@ pub fn run(names: &[String]) -> anyhow::Result<bool> {
 
 impl Suite {
     fn run(&self) -> anyhow::Result<Row> {
-        if let Some((program, reason)) = self.needs
-            && !is_installed(program)
-        {
+        if let Some((program, part)) = self.needs.iter().find(|(program, _)| !is_installed(program)) {
+            let reason = format!("{program} is not installed: hack/setup {part}");
             println!("==> {}: skipped: {reason}", self.name);
-            return Ok(Row::new(self.name, 0, 0, vec![reason.to_owned()], 0.0));
+            return Ok(Row::new(self.name, 0, 0, vec![reason], 0.0));
         }
         println!("==> {}: {}", self.name, self.command.join(" "));
         let log = Path::new("target/report").join(format!("{}.log", self.name.replace(' ', "-")));
@@ -190,9 +195,13 @@ impl Suite {
     }
 }
 
-/// Whether the program can be run from PATH.
+/// Whether the program can be run: from PATH, or by cargo, which looks where it installs to as well.
 fn is_installed(program: &str) -> bool {
-    let mut look = Command::new("sh");
-    look.args(["-c", "command -v \"$0\"", program]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let asked = match program.strip_prefix("cargo-") {
+        Some(chore) => vec!["cargo", chore, "--version"],
+        None => vec!["sh", "-c", "command -v \"$0\"", program],
+    };
+    let mut look = Command::new(asked[0]);
+    look.args(&asked[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     look.status().is_ok_and(|status| status.success())
 }
