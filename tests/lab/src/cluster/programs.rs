@@ -1,6 +1,7 @@
 //! The programs of a real cluster, built as ordinary Go modules under the checksums in `tests/cluster/tools`, into a
 //! cache outside the tree (`$KEELWAY_CACHE`, else `~/.cache/keelway`).
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
@@ -43,16 +44,24 @@ pub fn missing(sets: &[&str]) -> Option<String> {
     absent.map(|name| format!("no {} (`keelway-lab cluster build` builds it)", bin.join(name).display()))
 }
 
-/// Builds every program of these sets that is not there for the current checksums, saying how long each took.
+/// Builds every program of these sets that is not there whole for the current checksums, saying how long each took. An
+/// interrupted build goes on with the program that it was at; a second one waits for the first.
 pub fn build(sets: &[&str]) -> Result<()> {
     let bin = bin_dir()?;
-    fs::create_dir_all(&bin)?;
+    fs::create_dir_all(&bin).with_context(|| bin.display().to_string())?;
+    let lock = File::create(bin.join(".lock"))?;
+    if lock.try_lock().is_err() {
+        println!("wait   for another build in {}", bin.display());
+        lock.lock()?;
+    }
     let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
     for set in sets {
         let stamp = stamp(set)?;
         for (name, package) in programs(set)? {
-            let (target, mark) = (bin.join(&name), bin.join(format!(".{name}.stamp")));
-            if target.exists() && fs::read_to_string(&mark).is_ok_and(|text| text == stamp) {
+            let (target, mark) = (bin.join(&name), bin.join(format!(".{name}.built")));
+            if let Ok(marked) = fs::read_to_string(&mark)
+                && built(&stamp, &target).is_ok_and(|now| now == marked)
+            {
                 println!("have   {name}");
                 continue;
             }
@@ -60,28 +69,37 @@ pub fn build(sets: &[&str]) -> Result<()> {
                 .as_ref()
                 .map(|dir| dir.join(&name))
                 .filter(|path| ASSETS.contains(&name.as_str()) && path.exists());
+            let unfinished = bin.join(format!(".{name}.new"));
             match given {
                 Some(path) => {
-                    fs::copy(&path, &target)?;
+                    fs::copy(&path, &unfinished)?;
                     println!("copied {name} from {}", path.display());
                 }
-                None => compile(set, &name, &package, &target)?,
+                None => compile(set, &name, &package, &unfinished)?,
             }
-            fs::write(mark, &stamp)?;
+            // On the disk before it has its name, and named before it is marked: whatever ends this, a mark is true.
+            File::open(&unfinished)?.sync_all()?;
+            fs::rename(&unfinished, &target)?;
+            fs::write(&mark, built(&stamp, &target)?)?;
         }
     }
     Ok(())
 }
 
+/// What the mark of a program says: the checksums that it was built from, and its size, since a file may be cut.
+fn built(stamp: &str, target: &Path) -> io::Result<String> {
+    Ok(format!("{stamp} {}\n", fs::metadata(target)?.len()))
+}
+
 fn compile(set: &str, name: &str, package: &str, target: &Path) -> Result<()> {
     println!("build  {name} ...");
-    let (start, unfinished) = (Instant::now(), target.with_extension("new"));
+    let start = Instant::now();
     let mut go = go(set)?;
     // The suite is a test binary; everything else is a program.
     go.args(if name == "e2e.test" { &["test", "-c"][..] } else { &["build"] });
-    go.args(["-trimpath", "-ldflags", &format!("-s -w {}", version_flags(set)?), "-o"]).arg(&unfinished).arg(package);
-    sh::checked(&mut go)?;
-    fs::rename(&unfinished, target)?;
+    // What git says about this tree is no part of someone else's program, and git may not be willing to say it.
+    go.args(["-buildvcs=false", "-trimpath", "-ldflags", &format!("-s -w {}", version_flags(set)?)]);
+    sh::checked(go.arg("-o").arg(target).arg(package))?;
     println!("built  {name} in {} s", start.elapsed().as_secs());
     Ok(())
 }
@@ -149,8 +167,9 @@ fn tools() -> PathBuf {
 }
 
 fn go(set: &str) -> Result<Command> {
-    let own = Path::new("/usr/local/go/bin/go");
-    let mut command = Command::new(sh::system("go").unwrap_or_else(|_| own.to_owned()));
+    let usual = || Some(PathBuf::from("/usr/local/go/bin/go")).filter(|path| path.is_file());
+    let program = sh::system("go").ok().or_else(usual).context("no Go on this machine: `hack/setup cluster`")?;
+    let mut command = Command::new(program);
     command.current_dir(tools().join(set)).env("CGO_ENABLED", "0");
     Ok(command)
 }
