@@ -2,11 +2,13 @@
 
 use keelway_layout::{Counter, CounterKey, DropEvent, EndpointDropKey, Hook, Reason};
 
-use crate::kernel::{Skb, now};
+use crate::kernel::{Skb, precise_now};
 use crate::maps::{COUNTERS, ENDPOINT_DROPS, EVENTS};
 use crate::parse::Packet;
 
 /// What is known of a packet while it is worked on, for the account of its end.
+// Aligned so that it is made by two stores.
+#[repr(align(8))]
 pub struct Account {
     pub hook: Hook,
     /// The local endpoint whose rules or address decided; 0 when none.
@@ -55,7 +57,7 @@ pub fn dropped(skb: Skb, packet: &Packet, account: &mut Account, reason: Reason)
     }
     if let Some(mut entry) = EVENTS.reserve::<DropEvent>(0) {
         entry.write(DropEvent {
-            time: now(),
+            time: precise_now(),
             src: packet.tuple.src,
             dst: packet.tuple.dst,
             sport: packet.tuple.sport,

@@ -55,7 +55,6 @@ fn related(skb: Skb, packet: &mut Packet, endpoint: &Endpoint, now: u64) -> Resu
 /// Addresses the frame to the pod and hands it over, past the host's stack.
 #[inline(always)]
 pub fn hand_over(skb: Skb, endpoint: &Endpoint) -> Result<i32, Reason> {
-    skb.store(0, &endpoint.mac)?;
-    skb.store(6, &endpoint.host_mac)?;
+    skb.store(0, &[endpoint.mac, endpoint.host_mac])?;
     Ok(skb.redirect_peer(endpoint.ifindex))
 }

@@ -15,9 +15,17 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 #[derive(Clone, Copy)]
 pub struct Skb(*mut __sk_buff);
 
-/// Nanoseconds of the monotonic clock.
+/// Nanoseconds of the monotonic clock, as of its last tick: no flow's time is as short as that, and the counter behind the
+/// precise clock is slow to read.
 #[inline(always)]
 pub fn now() -> u64 {
+    // SAFETY: takes no arguments.
+    unsafe { h::bpf_ktime_get_coarse_ns() }
+}
+
+/// Nanoseconds of the monotonic clock.
+#[inline(always)]
+pub fn precise_now() -> u64 {
     // SAFETY: takes no arguments.
     unsafe { h::bpf_ktime_get_ns() }
 }
@@ -164,9 +172,9 @@ impl Skb {
     /// The underlay source of a packet that came out of a tunnel.
     #[inline(always)]
     pub fn tunnel_source(self, v6: bool) -> Result<Addr, Reason> {
-        let mut key = MaybeUninit::<bpf_tunnel_key>::zeroed();
+        let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
         let flags = if v6 { u64::from(BPF_F_TUNINFO_IPV6) } else { 0 };
-        // SAFETY: `key` is writable for the size given, and any bytes make a `bpf_tunnel_key`.
+        // SAFETY: `key` is writable for the size given, all of which the helper writes; any bytes make a `bpf_tunnel_key`.
         unsafe {
             check(h::bpf_skb_get_tunnel_key(self.0, key.as_mut_ptr(), size_of::<bpf_tunnel_key>() as u32, flags))?;
             let key = key.assume_init();
@@ -182,9 +190,15 @@ impl Skb {
     /// Sends the packet to `remote` once it reaches the tunnel's device.
     #[inline(always)]
     pub fn set_tunnel(self, remote: &Addr) -> Result<(), Reason> {
-        let mut key = MaybeUninit::<bpf_tunnel_key>::zeroed();
-        // SAFETY: all bytes are initialised (zeroed), and the size given is the structure's.
+        const WORDS: usize = size_of::<bpf_tunnel_key>() / 4;
+        const { assert!(WORDS * 4 == size_of::<bpf_tunnel_key>() && align_of::<bpf_tunnel_key>() >= 4) };
+        let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
+        // SAFETY: all bytes are initialised, word by word (what the compiler would call does it byte by byte), and the size
+        // given is the structure's.
         unsafe {
+            for word in 0..WORDS {
+                key.as_mut_ptr().cast::<u32>().add(word).write_volatile(0);
+            }
             let k = &mut *key.as_mut_ptr();
             k.tunnel_id = 1;
             k.tunnel_ttl = 64;

@@ -228,13 +228,17 @@ fn later_fragment(packet: &mut Packet, id: u32) -> Result<(), Reason> {
 fn ports(skb: Skb, packet: &mut Packet) -> Result<(), Reason> {
     match packet.tuple.proto {
         TCP => {
-            let words: [u16; 2] = skb.load(packet.l4)?;
+            // Errors show only eight bytes of the header, and nobody asks for the flags there.
+            let words: [u16; 7] = match skb.load(packet.l4) {
+                Ok(words) => words,
+                Err(_) => {
+                    let [sport, dport]: [u16; 2] = skb.load(packet.l4)?;
+                    [sport, dport, 0, 0, 0, 0, 0]
+                }
+            };
             packet.tuple.sport = Port::from_be(words[0]);
             packet.tuple.dport = Port::from_be(words[1]);
-            // Errors show only eight bytes of the header, and nobody asks for the flags there.
-            if let Ok(flags) = skb.load::<u8>(packet.l4 + 13) {
-                packet.tcp_flags = flags;
-            }
+            packet.tcp_flags = words[6].to_ne_bytes()[1];
         }
         UDP | SCTP => {
             let words: [u16; 2] = skb.load(packet.l4)?;

@@ -23,8 +23,7 @@ pub fn port_unreachable(skb: Skb, packet: &Packet, endpoint: &Endpoint) -> Resul
         (true, true) => v6::<15, 27>(skb)?,
         (true, false) => v6::<12, 24>(skb)?,
     }
-    skb.store(0, &endpoint.mac)?;
-    skb.store(6, &endpoint.host_mac)?;
+    skb.store(0, &[endpoint.mac, endpoint.host_mac])?;
     Ok(skb.redirect_peer(endpoint.ifindex))
 }
 
