@@ -1,11 +1,11 @@
 //! Pod attachments over the local API: leases, veth pairs, and the engine's part between them.
 //!
-//! ADD: admit (the engine knows the pod) -> lease (on disk) -> prepare (its policy in the kernel) -> veth pair, programs and
+//! ADD: admit (the engine knows the pod; beside it, the gate looks for newer policies) -> lease (on disk) -> prepare (its policy in the kernel) -> veth pair, programs and
 //! endpoint while the pod's end is down -> up. What fails is undone in reverse. Everything may be repeated, also after a crash.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -27,6 +27,7 @@ use tokio::sync::watch;
 use tonic::{Code, Request, Response, Status};
 
 use crate::engine::{Attached, Command, EngineError, Handle as EngineHandle};
+use crate::gate::Gate;
 use crate::host::HostNetwork;
 
 /// How long an ADD waits for its Pod to be known; the runtime tries again after error 11.
@@ -37,6 +38,7 @@ type SharedBook = Arc<Mutex<Option<Book<Journal>>>>;
 /// The service.
 #[derive(Clone)]
 pub struct AttachmentService {
+    gate: Gate,
     engine: EngineHandle,
     host: Netlink,
     network: watch::Receiver<Option<HostNetwork>>,
@@ -90,6 +92,7 @@ fn apply_error(error: &ApplyError) -> Status {
 impl AttachmentService {
     /// With the leases of `book`; until `network` says the CIDRs nothing is leased.
     pub fn new(
+        gate: Gate,
         engine: EngineHandle,
         host: Netlink,
         network: watch::Receiver<Option<HostNetwork>>,
@@ -98,6 +101,7 @@ impl AttachmentService {
         warm_until: Option<Instant>,
     ) -> Self {
         Self {
+            gate,
             engine,
             host,
             network,
@@ -195,6 +199,8 @@ impl AttachmentService {
                 "CNI_ARGS: K8S_POD_NAME is empty, expected the pod's name: without it no policy can be found",
             ));
         }
+        let (gate, namespace) = (self.gate.clone(), pod.namespace.clone());
+        let policies = tokio::spawn(async move { gate.pass(&namespace).await });
         let admitted = self.engine.ask(|reply| Command::Admit { pod: pod.clone(), reply });
         pod.uid = match tokio::time::timeout(ADMIT_TIMEOUT, admitted).await {
             Ok(uid) => uid.ok_or_else(engine_gone)?,
@@ -214,7 +220,7 @@ impl AttachmentService {
             mtu: if request.mtu == 0 { network.mtu } else { request.mtu.min(network.mtu) },
         };
         let lease = self.with_book(move |book| book.allocate(&wanted)).await?;
-        match self.attach(&lease, &network, &netns).await {
+        match self.attach(&lease, &network, &netns, policies).await {
             Ok(plan) => Ok(answer(&lease, &plan)),
             Err(error) => {
                 if let Err(undo) = self.delete_locked(&key).await {
@@ -225,7 +231,13 @@ impl AttachmentService {
         }
     }
 
-    async fn attach(&self, lease: &Lease, network: &HostNetwork, netns: &Netns) -> Result<Plan, Status> {
+    async fn attach(
+        &self,
+        lease: &Lease,
+        network: &HostNetwork,
+        netns: &Netns,
+        policies: tokio::task::JoinHandle<Result<(), String>>,
+    ) -> Result<Plan, Status> {
         let plan = Plan::new(lease, &network.devices.host_addresses);
         if self.is_whole(&plan, lease, netns).await {
             return Ok(plan);
@@ -233,6 +245,8 @@ impl AttachmentService {
         let prepared = self.engine.ask(|reply| Command::Prepare { lease: lease.clone(), reply }).await;
         prepared.ok_or_else(engine_gone)?.map_err(|error| engine_error(&error))?;
         let engine = self.engine.clone();
+        let too_old = OnceLock::new();
+        let too_old = &too_old;
         let attached = |ends: Ends| Attached {
             lease: lease.clone(),
             host_ifname: plan.host_ifname.clone(),
@@ -241,6 +255,10 @@ impl AttachmentService {
             host_mac: plan.host_mac.0,
         };
         apply(&plan, &self.host, netns, |ends| async move {
+            // The pod's end is still down: so far nothing was sent or received.
+            if let Err(reason) = policies.await? {
+                return Err(too_old.get_or_init(|| reason).as_str().into());
+            }
             match engine.ask(|reply| Command::Attach { attached: attached(ends), reply }).await {
                 Some(Ok(())) => Ok(()),
                 Some(Err(error)) => Err(error.into()),
@@ -248,7 +266,7 @@ impl AttachmentService {
             }
         })
         .await
-        .map_err(|error| apply_error(&error))?;
+        .map_err(|error| too_old.get().map_or_else(|| apply_error(&error), |reason| status(code::TRY_AGAIN, reason)))?;
         Ok(plan)
     }
 

@@ -6,6 +6,7 @@ pub mod attachments;
 pub mod cleanup;
 pub mod config;
 pub mod engine;
+pub mod gate;
 pub mod host;
 pub mod http;
 pub mod inspect;

@@ -30,6 +30,7 @@ use tokio::sync::{mpsc, watch};
 use crate::attachments::{AttachmentService, leases_path};
 use crate::config::{Config, SourceConfig};
 use crate::engine::{Command, Devices, Engine, Handle, HostRoutes, Settings, Wiring};
+use crate::gate::Gate;
 use crate::host::{self, HostNetwork};
 use crate::http::{self, Health, Metrics};
 use crate::inspect::InspectService;
@@ -68,7 +69,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let health = Health::default();
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), LAYOUT_VERSION);
     let (events_tx, events) = mpsc::channel(CHANNEL_CAPACITY);
-    let implied_namespaces = start_source(&config, events_tx, status.clone()).await?;
+    let lister = start_source(&config, events_tx, status.clone()).await?;
 
     let (node_tx, node) = watch::channel(None);
     let (devices_tx, devices) = watch::channel(None);
@@ -77,7 +78,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         node_name: config.node_name.clone(),
         state_dir: config.state_dir.clone(),
         cgroup_root: config.cgroup_root.clone(),
-        implied_namespaces,
+        implied_namespaces: lister.is_none(),
     };
     let wiring = Wiring {
         events,
@@ -97,8 +98,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (network_tx, network) = watch::channel(None);
     let (problem_tx, host_problem) = watch::channel(String::new());
     let warm_until = was_synced.then(|| Instant::now() + config.status_grace);
-    let attachments =
-        AttachmentService::new(engine.clone(), netlink.clone(), network.clone(), book, &config.state_dir, warm_until);
+    let gate = Gate::new(engine.clone(), lister, metrics.clone());
+    let attachments = AttachmentService::new(
+        gate,
+        engine.clone(),
+        netlink.clone(),
+        network.clone(),
+        book,
+        &config.state_dir,
+        warm_until,
+    );
     let host_task = HostTask {
         config: config.clone(),
         netlink,
@@ -141,25 +150,27 @@ pub fn lock(config: &Config) -> anyhow::Result<Flock<std::fs::File>> {
     })
 }
 
-/// Starts the source's task; answers whether namespaces without objects are taken as given.
-async fn start_source(config: &Config, events: mpsc::Sender<Event>, status: Status) -> anyhow::Result<bool> {
+/// Starts the source's task; answers whom to ask for policies where that has to be done.
+async fn start_source(
+    config: &Config,
+    events: mpsc::Sender<Event>,
+    status: Status,
+) -> anyhow::Result<Option<crate::source::kube::PolicyLister>> {
     fn spawn(source: impl Source, events: mpsc::Sender<Event>, status: Status) {
         status.describe(source.describe());
         tokio::spawn(source.run(events, status));
     }
-    match &config.source {
-        SourceConfig::InCluster { api_servers } => {
-            spawn(Kubernetes::in_cluster(api_servers, &config.state_dir)?, events, status);
-        }
-        SourceConfig::Kubeconfig { path, api_servers } => {
-            spawn(Kubernetes::kubeconfig(path, api_servers).await?, events, status);
-        }
+    let source = match &config.source {
+        SourceConfig::InCluster { api_servers } => Kubernetes::in_cluster(api_servers, &config.state_dir)?,
+        SourceConfig::Kubeconfig { path, api_servers } => Kubernetes::kubeconfig(path, api_servers).await?,
         SourceConfig::Manifests { dir } => {
             spawn(Manifests::open(dir)?, events, status);
-            return Ok(true);
+            return Ok(None);
         }
-    }
-    Ok(false)
+    };
+    let lister = source.policy_lister();
+    spawn(source, events, status);
+    Ok(Some(lister))
 }
 
 /// Where `/healthz`, `/livez` and `/metrics` are served, as far as they are.

@@ -71,7 +71,6 @@ pub struct Model {
     pub(crate) config: Config,
     namespaces: BTreeMap<String, Labels>,
     pods: BTreeMap<ObjectName, PodEntry>,
-    uids: BTreeMap<String, ObjectName>,
     nodes: BTreeMap<String, Node>,
     endpoints: BTreeMap<String, EndpointEntry>,
     endpoints_by_pod: BTreeMap<ObjectName, BTreeSet<String>>,
@@ -93,7 +92,6 @@ impl Model {
             config,
             namespaces: BTreeMap::new(),
             pods: BTreeMap::new(),
-            uids: BTreeMap::new(),
             nodes: BTreeMap::new(),
             endpoints: BTreeMap::new(),
             endpoints_by_pod: BTreeMap::new(),
@@ -130,12 +128,9 @@ impl Model {
         match self.pods.get_mut(&name) {
             Some(entry) if entry.pod == pod => return,
             Some(entry) => {
-                self.uids.remove(&entry.pod.uid);
-                self.uids.insert(pod.uid.clone(), name.clone());
                 entry.pod = pod;
             }
             None => {
-                self.uids.insert(pod.uid.clone(), name.clone());
                 self.pods.insert(name.clone(), PodEntry { pod, identity: None, claimed: BTreeSet::new() });
             }
         }
@@ -145,7 +140,6 @@ impl Model {
     /// A pod went.
     pub fn delete_pod(&mut self, name: &ObjectName) {
         let Some(entry) = self.pods.remove(name) else { return };
-        self.uids.remove(&entry.pod.uid);
         for prefix in &entry.claimed {
             self.claims.remove(*prefix, &Claimant::Pod(name.clone()));
         }
@@ -217,10 +211,11 @@ impl Model {
         self.refresh_pod(&pod);
     }
 
-    /// Whether the pod of this uid and its namespace are known, so that an endpoint for it would be judged by its policies.
-    pub fn knows(&self, uid: &str) -> bool {
-        let pod = self.uids.get(uid).and_then(|name| self.pods.get(name));
-        pod.is_some_and(|entry| self.namespace_labels(&entry.pod.name.namespace).is_some())
+    /// Whether the pod of this name has this uid and its namespace is known, so that an endpoint for it would be judged by its
+    /// policies.
+    pub fn knows(&self, pod: &ObjectName, uid: &str) -> bool {
+        let known = self.pods.get(pod).is_some_and(|entry| entry.pod.uid == uid);
+        known && self.namespace_labels(&pod.namespace).is_some()
     }
 
     /// A policy came or changed.

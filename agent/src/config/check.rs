@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::cgroup::NoMount;
 use super::flags::{Flags, Text};
 use super::{Config, Host, Listen, PluginConfig, PortRange, Routing, SourceConfig};
 
@@ -157,9 +158,15 @@ fn node_name(value: Option<&str>, host: &Host) -> Result<String, ConfigError> {
 
 fn cgroup_root(value: Option<&str>, host: &Host) -> Result<PathBuf, ConfigError> {
     match value {
-        Some("auto") | None => host.cgroup2_mount().ok_or(ConfigError::NoDefault {
+        Some("auto") | None => host.cgroup2_mount().map_err(|none| ConfigError::NoDefault {
             field: "cgroup-root",
-            reason: "no cgroup v2 file system is mounted (mount -t cgroup2 none /sys/fs/cgroup)",
+            reason: match none {
+                NoMount::None => "no cgroup v2 file system is mounted (mount -t cgroup2 none /sys/fs/cgroup)",
+                NoMount::ContainerOnly => {
+                    "only this container's part of the cgroup v2 hierarchy is mounted: mount the node's /sys/fs/cgroup, \
+                     for example at /host/cgroup"
+                }
+            },
         }),
         value => path("cgroup-root", value, ""),
     }

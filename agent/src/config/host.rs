@@ -1,10 +1,15 @@
 //! What the configuration asks of the host: the default file, the node's name, the cgroup v2 mount.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::DEFAULT_FILE;
+use super::cgroup::{NoMount, hierarchy};
 use super::check::ConfigError;
 use super::flags::Flags;
+
+/// Inode of the machine's first cgroup namespace: PROC_CGROUP_INIT_INO of the kernel's `include/linux/proc_ns.h`.
+const FIRST_CGROUP_NAMESPACE: u64 = 0xEFFF_FFFB;
 
 /// What defaults are made of.
 #[derive(Clone, Debug, Default)]
@@ -15,6 +20,10 @@ pub struct Host {
     pub hostname: String,
     /// The text of `/proc/self/mountinfo`.
     pub mountinfo: String,
+    /// The text of `/proc/self/cgroup`.
+    pub cgroup: String,
+    /// Whether this process is in the machine's first cgroup namespace.
+    pub first_cgroup_namespace: bool,
 }
 
 impl Host {
@@ -24,24 +33,19 @@ impl Host {
             node_name: std::env::var("NODE_NAME").ok().filter(|name| !name.is_empty()),
             hostname: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
             mountinfo: std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default(),
+            cgroup: std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default(),
+            first_cgroup_namespace: std::fs::metadata("/proc/self/ns/cgroup")
+                .is_ok_and(|namespace| namespace.ino() == FIRST_CGROUP_NAMESPACE),
         }
     }
 
-    /// The mount point of the first cgroup v2 file system whose root is that of the hierarchy.
-    pub fn cgroup2_mount(&self) -> Option<PathBuf> {
-        self.mountinfo.lines().find_map(|line| {
-            // proc(5): id parent major:minor root mount-point options [tags] - type source super-options
-            let (mount, file_system) = line.split_once(" - ")?;
-            let mut fields = mount.split(' ').skip(3);
-            let (root, point) = (fields.next()?, fields.next()?);
-            (root == "/" && file_system.split(' ').next() == Some("cgroup2")).then(|| unescape(point).into())
-        })
+    /// Where the node's whole cgroup v2 hierarchy is mounted.
+    ///
+    /// # Errors
+    /// See [`NoMount`].
+    pub(super) fn cgroup2_mount(&self) -> Result<PathBuf, NoMount> {
+        hierarchy(&self.mountinfo, &self.cgroup, self.first_cgroup_namespace)
     }
-}
-
-/// Undoes the kernel's octal escapes of space, tab, newline and backslash.
-fn unescape(text: &str) -> String {
-    text.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
 
 /// The settings of a configuration file. The default file may be absent; one that is named must be there.

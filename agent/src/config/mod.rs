@@ -3,6 +3,7 @@
 //! [`flags`] holds what can be said (the flags are the keys of the file), [`check`] turns it into values or an error that
 //! names the setting, [`host`] reads what the host is asked for defaults. Flags win over the file.
 
+mod cgroup;
 mod check;
 mod flags;
 mod host;

@@ -12,7 +12,13 @@ const MOUNTINFO: &str = "\
 ";
 
 fn host() -> Host {
-    Host { node_name: None, hostname: "Node-A".to_owned(), mountinfo: MOUNTINFO.to_owned() }
+    Host {
+        node_name: None,
+        hostname: "Node-A".to_owned(),
+        mountinfo: MOUNTINFO.to_owned(),
+        cgroup: "0::/system.slice/keelway-agent.service\n".to_owned(),
+        first_cgroup_namespace: true,
+    }
 }
 
 fn flags(arguments: &[&str]) -> Flags {
@@ -132,6 +138,14 @@ fn a_named_file_must_be_there_and_a_host_without_cgroup_v2_is_named() {
     let bare = Host { mountinfo: String::new(), ..host() };
     let error = check::check(&flags(&[]), &Flags::default(), &bare).unwrap_err().to_string();
     assert!(error.starts_with("cgroup-root: not set, and no cgroup v2"), "{error}");
+    let container = Host {
+        mountinfo: "913 912 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup rw\n".to_owned(),
+        cgroup: "0::/\n".to_owned(),
+        first_cgroup_namespace: false,
+        ..host()
+    };
+    let error = check::check(&flags(&[]), &Flags::default(), &container).unwrap_err().to_string();
+    assert!(error.starts_with("cgroup-root: not set, and only this container's part"), "{error}");
 }
 
 #[test]

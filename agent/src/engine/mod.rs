@@ -12,6 +12,7 @@
 
 mod convert;
 mod endpoints;
+mod gate;
 mod nodes;
 mod policies;
 mod services;
@@ -32,6 +33,7 @@ use crate::http::{Health, Metrics};
 use crate::source::{Event, Kind, Node, Object, Status};
 
 pub use endpoints::Attached;
+pub use gate::{Progress, Versions, progress};
 pub use nodes::HostRoutes;
 pub use status::EngineStatus;
 
@@ -59,6 +61,25 @@ pub enum Command {
         pod: PodRef,
         /// Receives the uid.
         reply: oneshot::Sender<String>,
+    },
+    /// Answers the versions of a namespace's policies as far as they are known.
+    KnownPolicies {
+        /// Which namespace.
+        namespace: String,
+        /// Receives them.
+        reply: oneshot::Sender<Versions>,
+    },
+    /// Answers once the policies of a namespace are in the tables as listed, or have changed otherwise. Dropping the receiver
+    /// gives up.
+    AwaitPolicies {
+        /// Which namespace.
+        namespace: String,
+        /// What [`Command::KnownPolicies`] answered before the list was made.
+        before: Versions,
+        /// The list.
+        listed: Versions,
+        /// Never receives [`Progress::Behind`].
+        reply: oneshot::Sender<Progress>,
     },
     /// Puts the policy of a leased pod into the kernel, ahead of its endpoint.
     Prepare {
@@ -163,6 +184,7 @@ pub struct Engine {
     endpoints: endpoints::Endpoints,
     pod_uids: BTreeMap<ObjectName, String>,
     waiting: Vec<(PodRef, oneshot::Sender<String>)>,
+    gate: gate::Gate,
     problems: BTreeMap<&'static str, String>,
     retry_at: Option<(Instant, Duration)>,
     started: Instant,
@@ -214,6 +236,7 @@ impl Engine {
             nodes: BTreeMap::new(),
             pod_uids: BTreeMap::new(),
             waiting: Vec::new(),
+            gate: gate::Gate::default(),
             problems: BTreeMap::new(),
             retry_at: None,
             started: Instant::now(),
@@ -277,7 +300,10 @@ impl Engine {
                         self.metrics.endpoints_changed();
                         self.health.change_queued();
                     }
-                    Kind::NetworkPolicy => self.policies.model.delete_policy(&name()),
+                    Kind::NetworkPolicy => {
+                        self.policies.model.delete_policy(&name());
+                        self.gate.policy_gone(&reference.namespace, &reference.name);
+                    }
                     Kind::Pod => {
                         self.pod_uids.remove(&name());
                         self.policies.model.delete_pod(&name());
@@ -304,7 +330,10 @@ impl Engine {
                 self.metrics.endpoints_changed();
                 self.health.change_queued();
             }
-            Object::NetworkPolicy(policy) => self.policies.model.upsert_policy(policy),
+            Object::NetworkPolicy(policy, version) => {
+                self.gate.policy_changed(&policy.name.namespace, &policy.name.name, version);
+                self.policies.model.upsert_policy(policy);
+            }
             Object::Pod(pod) => {
                 self.pod_uids.insert(pod.name.clone(), pod.uid.clone());
                 self.policies.model.upsert_pod(pod);
@@ -412,6 +441,13 @@ impl Engine {
                 self.waiting.push((pod, reply));
                 self.answer_waiting();
             }
+            Command::KnownPolicies { namespace, reply } => {
+                let _ = reply.send(self.gate.known(&namespace));
+            }
+            Command::AwaitPolicies { namespace, before, listed, reply } => {
+                self.gate.wait(namespace, before, listed, reply);
+                self.answer_waiting();
+            }
             Command::Prepare { lease, reply } => {
                 let _ = reply.send(self.prepare(lease));
             }
@@ -433,12 +469,14 @@ impl Engine {
     fn answer_waiting(&mut self) {
         if !self.is_synced() || self.retry_at.is_some() {
             self.waiting.retain(|(_, reply)| !reply.is_closed());
+            self.gate.tidy();
             return;
         }
+        self.gate.answer();
         for (pod, reply) in std::mem::take(&mut self.waiting) {
-            let known = self.pod_uids.get(&ObjectName::new(pod.namespace.clone(), pod.name.clone()));
-            match known {
-                Some(uid) if (pod.uid.is_empty() || pod.uid == *uid) && self.policies.model.knows(uid) => {
+            let name = ObjectName::new(pod.namespace.clone(), pod.name.clone());
+            match self.pod_uids.get(&name) {
+                Some(uid) if (pod.uid.is_empty() || pod.uid == *uid) && self.policies.model.knows(&name, uid) => {
                     let _ = reply.send(uid.clone());
                 }
                 _ if reply.is_closed() => {}

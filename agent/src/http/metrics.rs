@@ -72,6 +72,8 @@ struct Inner {
     source_synced: Family<KindLabel, Gauge>,
     source_objects: Family<KindLabel, Gauge>,
     source_errors: Counter,
+    policy_wait: Histogram,
+    policy_unchecked: Counter,
 }
 
 impl Metrics {
@@ -139,6 +141,16 @@ impl Metrics {
             source_synced: registered!("source_synced", "1 after the first full list of a kind", Family::default()),
             source_objects: registered!("source_objects", "Objects of a kind that are known", Family::default()),
             source_errors: registered!("source_errors", "Failures to read desired state", Counter::default()),
+            policy_wait: registered!(
+                "cni_policy_wait_seconds",
+                "How long ADDs waited until the policies in force were no older than their Pod",
+                Histogram::new(exponential_buckets(0.001, 2.0, 15))
+            ),
+            policy_unchecked: registered!(
+                "cni_policy_unchecked",
+                "ADDs that went on with the policies that were known, since no API server answered",
+                Counter::default()
+            ),
             registry,
         };
         Self(Arc::new(inner))
@@ -182,6 +194,16 @@ impl Metrics {
     /// A change of an endpoint reached the kernel `seconds` after it happened.
     pub fn endpoint_programmed(&self, seconds: f64) {
         self.0.programming_duration.observe(seconds);
+    }
+
+    /// An ADD waited for policies.
+    pub fn policies_awaited(&self, seconds: f64) {
+        self.0.policy_wait.observe(seconds);
+    }
+
+    /// An ADD could not ask whether the policies are new enough.
+    pub fn policies_unchecked(&self) {
+        self.0.policy_unchecked.inc();
     }
 
     /// So much was dropped since the counters were made, which the kernel keeps across restarts.

@@ -101,6 +101,9 @@ impl std::fmt::Display for ObjectRef {
     }
 }
 
+/// An object's `resourceVersion`: equal for equal contents, and not to be ordered. Empty for objects from files.
+pub type Version = String;
+
 /// A Node, as far as the agent reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
@@ -129,7 +132,7 @@ pub enum Object {
     /// `endpoints.kubernetes.io/last-change-trigger-time`), for `network_programming_duration_seconds`.
     EndpointSlice(proxy::EndpointSlice, Option<SystemTime>),
     /// networking.k8s.io/v1 NetworkPolicy.
-    NetworkPolicy(policy::NetworkPolicy),
+    NetworkPolicy(policy::NetworkPolicy, Version),
     /// v1 Pod.
     Pod(policy::Pod),
 }
@@ -142,7 +145,7 @@ impl Object {
             Self::Namespace(namespace) => (Kind::Namespace, "", &namespace.name),
             Self::Service(service) => (Kind::Service, &*service.name.namespace, &service.name.name),
             Self::EndpointSlice(slice, _) => (Kind::EndpointSlice, &*slice.name.namespace, &slice.name.name),
-            Self::NetworkPolicy(policy) => (Kind::NetworkPolicy, &*policy.name.namespace, &policy.name.name),
+            Self::NetworkPolicy(policy, _) => (Kind::NetworkPolicy, &*policy.name.namespace, &policy.name.name),
             Self::Pod(pod) => (Kind::Pod, &*pod.name.namespace, &pod.name.name),
         };
         ObjectRef { kind, namespace: namespace.to_owned(), name: name.clone() }

@@ -25,9 +25,11 @@ pub mod image;
 mod lab;
 pub mod netns;
 mod node;
+pub mod plugin;
 pub mod probe;
 mod process;
 pub mod sh;
+pub mod small_api;
 pub mod standalone;
 pub mod story;
 

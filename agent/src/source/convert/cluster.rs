@@ -33,6 +33,9 @@ pub fn node(node: &v1::Node) -> Result<Node, ConvertError> {
     })
 }
 
+/// On a mirror pod, which stands for a pod that a kubelet read from a file: the uid of that pod.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+
 /// A Namespace. The label `kubernetes.io/metadata.name`, which the API server gives to each, is added where it is missing.
 ///
 /// # Errors
@@ -46,11 +49,16 @@ pub fn namespace(namespace: &v1::Namespace) -> Result<model::Namespace, ConvertE
 
 /// A Pod. A terminated one has no addresses any more: another pod may have them.
 ///
+/// The uid is the one that runtimes are told. For a static pod that is the file's, not that of its mirror in the API, which
+/// changes when somebody deletes the mirror while the pod runs on (Kubernetes, `pkg/kubelet/types/pod_update.go`).
+///
 /// # Errors
 /// The first field that cannot be used.
 pub fn pod(pod: &v1::Pod) -> Result<model::Pod, ConvertError> {
     let spec = pod.spec.as_ref();
     let status = pod.status.as_ref();
+    let annotations = pod.metadata.annotations.as_ref();
+    let mirrored = annotations.and_then(|all| all.get(MIRROR)).filter(|uid| !uid.is_empty());
     let phase = status.and_then(|status| status.phase.as_deref());
     let addresses = match phase {
         Some("Succeeded" | "Failed") => Vec::new(),
@@ -65,7 +73,7 @@ pub fn pod(pod: &v1::Pod) -> Result<model::Pod, ConvertError> {
     };
     Ok(model::Pod {
         name: model::ObjectName::new(namespace_of(&pod.metadata), name(&pod.metadata)?),
-        uid: pod.metadata.uid.clone().unwrap_or_default(),
+        uid: mirrored.or(pod.metadata.uid.as_ref()).cloned().unwrap_or_default(),
         labels: pod.metadata.labels.clone().unwrap_or_default(),
         addresses,
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),

@@ -224,3 +224,20 @@ fn a_policy_that_cannot_be_understood_is_named_and_denies() {
     let denied = deny_all(&read(&selector)).unwrap();
     assert!(denied.pods.requirements.is_empty(), "a selector that cannot be read selects all pods of the namespace");
 }
+
+#[test]
+fn a_static_pod_has_the_uid_that_runtimes_are_told() {
+    let yaml = "
+metadata:
+  name: etcd-node1
+  uid: 7a5a1f0e-0000-4000-8000-000000000001
+  annotations:
+    kubernetes.io/config.hash: 0123456789abcdef0123456789abcdef
+    kubernetes.io/config.mirror: 0123456789abcdef0123456789abcdef
+    kubernetes.io/config.source: file
+spec: {nodeName: node1, containers: []}
+";
+    assert_eq!(pod(&read(yaml)).unwrap().uid, "0123456789abcdef0123456789abcdef");
+    let ordinary = yaml.replace("config.mirror", "config.other");
+    assert_eq!(pod(&read(&ordinary)).unwrap().uid, "7a5a1f0e-0000-4000-8000-000000000001");
+}

@@ -97,7 +97,7 @@ impl Dialer {
         if let Some(uri) = newest(request.uri()) {
             *request.uri_mut() = uri;
         }
-        let kind = request.uri().path().rsplit('/').next().and_then(kind_of_path);
+        let kind = watched_kind(request.uri());
         let answer = server.client.send(request).await;
         match &answer {
             Ok(response) if response.status().is_server_error() => self.pass_over(&server.url),
@@ -112,7 +112,7 @@ impl Dialer {
     }
 
     /// Dials the next server from now on, unless that was done already.
-    fn pass_over(&self, url: &str) {
+    pub(super) fn pass_over(&self, url: &str) {
         let mut servers = self.lock();
         if servers.all.len() > 1 && servers.all[servers.current].url == url {
             servers.current = (servers.current + 1) % servers.all.len();
@@ -141,8 +141,11 @@ fn newest(uri: &Uri) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
-fn kind_of_path(plural: &str) -> Option<Kind> {
-    Kind::ALL.into_iter().find(|kind| kind.plural() == plural)
+/// The kind that a request of a watch is about; those that name a namespace are no watch's.
+fn watched_kind(uri: &Uri) -> Option<Kind> {
+    let (parent, plural) = uri.path().rsplit_once('/')?;
+    let one_namespace = parent.contains("/namespaces/");
+    Kind::ALL.into_iter().find(|kind| kind.plural() == plural && !one_namespace)
 }
 
 fn server(base: &Config, server_name: Option<&'static str>, url: &str) -> Result<Server, KubeError> {
@@ -177,5 +180,13 @@ mod tests {
         assert_eq!(newest(&streaming).unwrap(), expected);
         let resumed: Uri = "/api/v1/pods?watch=true&resourceVersion=0".parse().unwrap();
         assert_eq!(newest(&resumed), None);
+    }
+
+    #[test]
+    fn only_watches_say_that_their_kind_is_well() {
+        let kind = |path: &str| watched_kind(&path.parse().unwrap());
+        assert_eq!(kind("/apis/networking.k8s.io/v1/networkpolicies?watch=true"), Some(Kind::NetworkPolicy));
+        assert_eq!(kind("/api/v1/namespaces?watch=true"), Some(Kind::Namespace));
+        assert_eq!(kind("/apis/networking.k8s.io/v1/namespaces/default/networkpolicies"), None);
     }
 }

@@ -4,6 +4,7 @@
 //! status says what fails. When a watch has to start over, what vanished in between is delivered as deletions.
 
 mod dial;
+mod policies;
 mod remember;
 mod watch;
 
@@ -14,8 +15,9 @@ use ::kube::{Api, Config};
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 use tokio::sync::mpsc;
 
-use super::{Event, Kind, Object, Source, Status, convert};
+use super::{Event, Kind, Object, Source, Status, Version, convert};
 use dial::Dialer;
+pub use policies::{ListError, PolicyLister};
 use remember::Remembered;
 
 /// How many seconds the connection to one API server may take before the next one is tried.
@@ -91,9 +93,9 @@ impl Kubernetes {
         Ok(Self { dialer: Dialer::new(base, None, urls)?, remembered: None })
     }
 
-    /// A client that dials as the watches do.
-    pub fn client(&self) -> ::kube::Client {
-        self.dialer.client()
+    /// Asks for policies, dialling as the watches do.
+    pub fn policy_lister(&self) -> PolicyLister {
+        PolicyLister(self.dialer.clone())
     }
 }
 
@@ -148,9 +150,9 @@ impl Source for Kubernetes {
                 Kind::NetworkPolicy,
                 Api::<networking::NetworkPolicy>::all(client.clone()),
                 "",
-                |policy| convert::network_policy(policy).map(Object::NetworkPolicy).map(Some),
+                |policy| Ok(Some(Object::NetworkPolicy(convert::network_policy(policy)?, version(policy)))),
                 // When unsure, deny and say so.
-                |policy| convert::deny_all(policy).map(Object::NetworkPolicy),
+                |policy| Some(Object::NetworkPolicy(convert::deny_all(policy)?, version(policy))),
             ),
             all.run(
                 Kind::Pod,
@@ -161,6 +163,10 @@ impl Source for Kubernetes {
             ),
         );
     }
+}
+
+fn version(policy: &networking::NetworkPolicy) -> Version {
+    policy.metadata.resource_version.clone().unwrap_or_default()
 }
 
 /// What was known of an object that cannot be understood any more stays in force.

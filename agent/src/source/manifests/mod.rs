@@ -4,6 +4,9 @@
 //! named in the status and what it said last stays in force; a file that goes takes its objects with it. When the
 //! directory itself cannot be read, everything stays. An object that several files hold is taken from the first by name.
 //!
+//! Changes are taken in the order in which they were made, and of those that are seen together Pods come last: a policy that
+//! was written before a Pod is never delivered after it, so that the Pod does not start without it.
+//!
 //! Files should be replaced by renaming. One that is written in place is read when its writer closes it.
 
 mod merge;
@@ -17,7 +20,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use super::{Event, Kind, Source, Status};
+use super::{Event, Kind, Object, Source, Status};
 use merge::Merged;
 pub use parse::{ParseError, parse};
 use scan::Signature;
@@ -25,6 +28,11 @@ use watch::Watch;
 
 /// How long after the last look the directory is looked at again, in case no event told of a change.
 const RESCAN: Duration = Duration::from_secs(10);
+
+/// How long a change waits for an older one whose file is still being written.
+const HELD: Duration = Duration::from_secs(2);
+/// How often the directory is listed until nothing changes between two listings.
+const LISTINGS: usize = 8;
 
 /// The directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +78,7 @@ impl Manifests {
 
     /// Reads what changed and `settled` says is not being written now; the events are what that changes.
     fn rescan(&mut self, settled: impl Fn(&str, Duration) -> bool) -> std::io::Result<Vec<Event>> {
-        let found = scan::list(&self.dir)?;
+        let found = self.list()?;
         let mut events = Vec::new();
         let gone: Vec<String> = self.known.keys().filter(|file| !found.contains_key(*file)).cloned().collect();
         for file in gone {
@@ -78,8 +86,14 @@ impl Manifests {
             self.broken.remove(&file);
             events.extend(self.merged.replace(&file, BTreeMap::new()));
         }
-        for (file, signature) in found {
-            if self.known.get(&file) == Some(&signature) || !settled(&file, signature.age()) {
+        let changed = found.into_iter().filter(|(file, signature)| self.known.get(file) != Some(signature));
+        let (changed, unsettled): (Vec<_>, Vec<_>) =
+            changed.partition(|(file, signature)| settled(file, signature.age()));
+        let first_unsettled = unsettled.iter().map(|(_, signature)| signature.changed()).min();
+        for (file, signature) in changed {
+            // Not older than one that cannot be read yet; both may be of the same tick of the clock.
+            let is_late = first_unsettled.is_some_and(|first| signature.changed() >= first);
+            if is_late && signature.since_change() < HELD {
                 continue;
             }
             self.known.insert(file.clone(), signature);
@@ -93,7 +107,24 @@ impl Manifests {
                 }
             }
         }
+        events.sort_by_key(|event| matches!(event, Event::Upsert(Object::Pod(_))));
         Ok(events)
+    }
+
+    /// The files, as they were at one moment: what is in a listing may be newer than what the listing missed, and then the
+    /// next one differs.
+    fn list(&self) -> std::io::Result<BTreeMap<String, Signature>> {
+        let mut found = scan::list(&self.dir)?;
+        if found == self.known {
+            return Ok(found);
+        }
+        for _ in 1..LISTINGS {
+            let before = std::mem::replace(&mut found, scan::list(&self.dir)?);
+            if found == before {
+                break;
+            }
+        }
+        Ok(found)
     }
 
     /// Brings the status up to date: counts, broken files, objects that several files hold.

@@ -75,7 +75,7 @@ fn collect(value: Value, place: &str, found: &mut Vec<(ObjectRef, Option<Object>
             Ok(convert::endpoint_slice(slice)?.map(|(slice, triggered)| Object::EndpointSlice(slice, triggered)))
         }),
         ("networking.k8s.io/v1", "NetworkPolicy") => typed(value, Kind::NetworkPolicy, place, |policy| {
-            convert::network_policy(policy).map(Object::NetworkPolicy).map(Some)
+            Ok(Some(Object::NetworkPolicy(convert::network_policy(policy)?, String::new())))
         }),
         _ => Err(format!(
             "{place}kind: {kind:?} of apiVersion {version:?} is not one of v1 Node, Namespace, Service, Pod or List, \

@@ -33,12 +33,26 @@ impl Signature {
 }
 
 impl Signature {
+    /// When the file was last written to, renamed or linked: (seconds, nanoseconds).
+    pub fn changed(&self) -> (i64, i64) {
+        self.changed
+    }
+
+    /// Time since then; without end for times to come.
+    pub fn since_change(&self) -> Duration {
+        since(self.changed)
+    }
+
     /// Time since the file was last written to; without end for times to come.
     pub fn age(&self) -> Duration {
-        let seconds = Duration::from_secs(self.modified.0.max(0).unsigned_abs());
-        let written = UNIX_EPOCH + seconds + Duration::from_nanos(self.modified.1.unsigned_abs());
-        SystemTime::now().duration_since(written).unwrap_or(Duration::MAX)
+        since(self.modified)
     }
+}
+
+fn since((seconds, nanoseconds): (i64, i64)) -> Duration {
+    let seconds = Duration::from_secs(seconds.max(0).unsigned_abs());
+    let time = UNIX_EPOCH + seconds + Duration::from_nanos(nanoseconds.unsigned_abs());
+    SystemTime::now().duration_since(time).unwrap_or(Duration::MAX)
 }
 
 /// Whether a file of this name is read: YAML and JSON, but neither hidden files nor editors' copies.

@@ -151,6 +151,69 @@ async fn a_file_that_is_being_written_is_read_when_it_is_closed() {
     assert_eq!(run.upserted().await, pair("b", "10.96.0.7"), "b was never deleted in between");
 }
 
+fn policy_and_pod() -> (String, String) {
+    let policy =
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec: {podSelector: {}}\n";
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, uid: u}\n";
+    (policy.to_owned(), pod.to_owned())
+}
+
+impl Running {
+    async fn next_kind(&mut self) -> Kind {
+        match self.next().await {
+            Event::Upsert(object) => object.reference().kind,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn rename(&self, name: &str, text: &str) {
+        let fresh = self.dir.path().join(format!(".{name}"));
+        std::fs::write(&fresh, text).unwrap();
+        // Old enough to be read at once.
+        std::thread::sleep(Duration::from_millis(50));
+        std::fs::rename(fresh, self.dir.path().join(name)).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_is_never_later_than_a_pod_that_was_written_after_it() {
+    use std::io::Write;
+    let (policy, pod) = policy_and_pod();
+    let mut run = start(&[]).await;
+    // Seen together, in files whose names are in the other order.
+    run.write(".z", &policy);
+    run.write(".a", &pod);
+    for (fresh, name) in [(".z", "z.yaml"), (".a", "a.yaml")] {
+        std::fs::rename(run.dir.path().join(fresh), run.dir.path().join(name)).unwrap();
+    }
+    assert_eq!(run.next_kind().await, Kind::NetworkPolicy);
+    assert_eq!(run.next_kind().await, Kind::Pod);
+
+    // The policy's writer is slow; the pod is there at once.
+    let mut file = std::fs::File::create(run.dir.path().join("slow.yaml")).unwrap();
+    file.write_all(policy.replace("name: p", "name: q").as_bytes()).unwrap();
+    run.rename("fast.yaml", &pod.replace("name: p", "name: q"));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(run.events.try_recv().is_err(), "the pod comes before the policy");
+    drop(file);
+    assert_eq!(run.next_kind().await, Kind::NetworkPolicy);
+    assert_eq!(run.next_kind().await, Kind::Pod);
+
+    // A writer that never ends holds up nothing for long.
+    let mut file = std::fs::File::create(run.dir.path().join("endless.yaml")).unwrap();
+    run.rename("next.yaml", &pod.replace("name: p", "name: r"));
+    let writing = async {
+        loop {
+            file.write_all(b"# more\n").unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::select! {
+        kind = run.next_kind() => assert_eq!(kind, Kind::Pod),
+        () = writing => {}
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_that_breaks_keeps_its_last_good_state_and_is_named() {
     let mut run = start(&[("a.yaml", service("a", "10.96.0.1"))]).await;

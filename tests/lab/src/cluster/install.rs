@@ -1,9 +1,8 @@
 //! Keelway and CoreDNS into a cluster: the image from this workspace's programs, the manifests from `deploy/`.
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use super::Cluster;
 use super::programs::root;
-use crate::cgroup;
 use crate::image::Image;
 use crate::sh;
 
@@ -29,16 +28,12 @@ pub fn keelway(cluster: &Cluster) -> Result<()> {
     cluster.apply(&fit(&rendered, &cluster.server())?)
 }
 
-/// The manifests with this lab's two facts filled in, as the ConfigMap's comments ask: the API server's real address, and
-/// where the v2 tree is when v1 controllers are beside it.
+/// The manifests with this lab's one fact filled in, as the ConfigMap's comments ask: the API server's real address.
 fn fit(rendered: &str, server: &str) -> Result<String> {
-    let hybrid = cgroup::hierarchies()?.len() > 1;
-    let root = "cgroup-root: /host/cgroup\n";
-    ensure!(rendered.contains(root), "deploy/agent/configmap.yaml no longer says `{}`", root.trim());
-    let (indent, _) = rendered.split_once(root).context("no cgroup-root")?;
-    let indent: String = indent.chars().rev().take_while(|c| *c == ' ').collect();
-    let mount = if hybrid { "/host/cgroup/unified" } else { "/host/cgroup" };
-    Ok(rendered.replace(root, &format!("cgroup-root: {mount}\n{indent}api-servers: {server}\n")))
+    let next = "routing: vxlan\n";
+    let (before, _) = rendered.split_once(next).context("deploy/agent/configmap.yaml has no `routing: vxlan`")?;
+    let indent: String = before.chars().rev().take_while(|c| *c == ' ').collect();
+    Ok(rendered.replacen(next, &format!("api-servers: {server}\n{indent}{next}"), 1))
 }
 
 /// Applies CoreDNS: two pods behind the Service that kubelets tell pods of.
@@ -53,8 +48,7 @@ mod tests {
 
     #[test]
     fn fills_in_the_server() {
-        let fitted =
-            fit("data:\n  agent.yaml: |\n    cgroup-root: /host/cgroup\n    routing: vxlan\n", "https://h:1").unwrap();
+        let fitted = fit("data:\n  agent.yaml: |\n    routing: vxlan\n", "https://h:1").unwrap();
         assert!(fitted.contains("\n    api-servers: https://h:1\n    routing: vxlan\n"), "{fitted}");
     }
 }
