@@ -23,6 +23,7 @@ pub mod enter;
 mod host;
 pub mod image;
 mod lab;
+pub mod load;
 pub mod netns;
 mod node;
 pub mod plugin;

@@ -6,10 +6,11 @@ mod ask;
 mod flow;
 mod pause;
 mod serve;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -34,6 +35,8 @@ pub enum Probe {
     Ask(Ask),
     /// Send numbered messages at a steady pace over one connection.
     Flow(Flow),
+    /// Count the TCP and UDP packets that arrive, by sender.
+    Watch(Watch),
 }
 
 /// Many connections, one question each.
@@ -74,6 +77,14 @@ pub struct Flow {
     pub seconds: f64,
 }
 
+/// Packets that arrive.
+#[derive(Args, Debug)]
+pub struct Watch {
+    /// How long to count, in seconds.
+    #[arg(long, default_value_t = 5.0)]
+    pub seconds: f64,
+}
+
 /// What [`Ask`] saw.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Asked {
@@ -110,6 +121,20 @@ pub struct Flowed {
     pub longest_gap: u64,
     /// Microseconds from a message to its answer.
     pub latency: Percentiles,
+}
+
+/// What [`Watch`] saw.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Watched {
+    /// Packets, by transport and sender: `udp 10.244.1.2`.
+    pub arrived: BTreeMap<String, u64>,
+}
+
+impl Watched {
+    /// Packets of either transport from `sender`.
+    pub fn from(&self, sender: IpAddr) -> u64 {
+        ["tcp", "udp"].iter().filter_map(|transport| self.arrived.get(&format!("{transport} {sender}"))).sum()
+    }
 }
 
 impl Asked {
@@ -168,6 +193,7 @@ pub fn run(probe: &Probe) -> Result<()> {
         Probe::Serve { port, name } => serve::serve(*port, name.as_deref()),
         Probe::Ask(wanted) => print(&ask::ask(wanted)),
         Probe::Flow(wanted) => print(&flow::flow(wanted)?),
+        Probe::Watch(wanted) => print(&watch::watch(wanted)?),
     }
 }
 
