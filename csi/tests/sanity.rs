@@ -10,25 +10,20 @@ use std::process::Command;
 
 use common::Driver;
 
-/// Where the program may be: the project's cache of cluster programs, or what an environment variable says.
-fn csi_sanity() -> Option<PathBuf> {
-    let home = std::env::var_os("HOME").map(PathBuf::from);
-    let directories = [
-        std::env::var_os("KEELWAY_CLUSTER_BIN").map(PathBuf::from),
-        home.as_ref().map(|home| home.join(".cache/keelway/bin")),
-        home.as_ref().map(|home| home.join(".cache/kubernetes-cluster/bin")),
-    ];
-    directories.into_iter().flatten().map(|directory| directory.join("csi-sanity")).find(|path| path.exists())
+/// The program in the project's cache of cluster programs, as `make cluster-programs` builds it.
+fn csi_sanity() -> PathBuf {
+    let cache = std::env::var_os("KEELWAY_CACHE").map(PathBuf::from);
+    let home = || PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache/keelway");
+    cache.unwrap_or_else(home).join("bin/csi-sanity")
 }
 
 fn run(name: &str, access: &str, mebibytes: u64, parameters: &str) {
     common::need_root();
-    let Some(program) = csi_sanity() else {
-        eprintln!(
-            "skipped: csi-sanity is in none of $KEELWAY_CLUSTER_BIN, ~/.cache/keelway/bin and ~/.cache/kubernetes-cluster/bin"
-        );
+    let program = csi_sanity();
+    if !program.exists() {
+        eprintln!("skipped: no {} (`make cluster-programs` builds it)", program.display());
         return;
-    };
+    }
     let mut driver = Driver::new();
     driver.start();
     let (parameter_file, report) = (driver.path("parameters.yaml"), driver.path("report.xml"));

@@ -83,6 +83,14 @@ const SUITES: &[Suite] = &[
         limit: minutes(40),
     },
     Suite {
+        // A real API server and csi-sanity, which suites below run against; built once, then taken from the cache.
+        name: "cluster programs",
+        command: &["make", "--no-print-directory", "cluster-programs"],
+        judge: Judge::Status,
+        needs: &[("go", "cluster")],
+        limit: minutes(60),
+    },
+    Suite {
         // As root: the tests of the crates that speak to the kernel make namespaces and maps of their own.
         name: "unit and property tests",
         command: &[
