@@ -60,6 +60,8 @@ enum Command {
     #[command(hide = true)]
     BenchCni(bench::Calls),
     #[command(hide = true)]
+    BenchTurns(bench::Turns),
+    #[command(hide = true)]
     Guard { id: String },
     #[command(hide = true)]
     NodeInit { spec: PathBuf },
@@ -133,6 +135,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Demo => return Ok(i32::from(!demo::run()?)),
         Command::Bench => return Ok(i32::from(!bench::run()?)),
         Command::BenchCni(calls) => calls.run()?,
+        Command::BenchTurns(turns) => turns.run()?,
         Command::DemoCluster => return Ok(i32::from(!cluster::demo::run()?)),
         Command::Cluster(command) => return cluster(command),
         Command::Clean { all } => {

@@ -2,6 +2,7 @@
 mod plugin;
 mod report;
 mod traffic;
+mod turns;
 
 use std::net::SocketAddr;
 
@@ -9,7 +10,8 @@ use anyhow::{Result, ensure};
 
 pub use plugin::Calls;
 use report::Report;
-use traffic::Place;
+use traffic::{Load, Place, SERVER, raw_pair, vxlan_pair};
+pub use turns::Turns;
 
 use crate::probe::Asked;
 use crate::sh::{self, wait_for};
@@ -19,7 +21,7 @@ const NEAR: [&str; 2] = ["10.96.0.20", "fd00:10:96::20"];
 const FAR: [&str; 2] = ["10.96.0.21", "fd00:10:96::21"];
 const NEAR_UDP: [&str; 2] = ["10.96.0.22", "fd00:10:96::22"];
 
-/// Runs it all, about two minutes; whether every figure could be measured.
+/// Runs it all, about three minutes; whether every figure could be measured.
 pub fn run() -> Result<bool> {
     if let Some(reason) = standalone::missing() {
         anyhow::bail!(reason);
@@ -49,25 +51,72 @@ pub fn run() -> Result<bool> {
             Ok(())
         })?;
     }
+    let [from, to, across] = [Place::pod(&lab, &client)?, Place::pod(&lab, &near)?, Place::pod(&lab, &far)?];
+    for server in [&to, &across] {
+        server.keep_on(SERVER)?;
+    }
     // A part that fails is named at the end; the others are measured all the same.
-    println!("latency of connections");
-    part(&mut report, "connect latency", |report| traffic::latency(&lab, report, &client, &services));
-    if let Some(reason) = sh::missing(&["iperf3"], &[]) {
-        report.skip("throughput and programs", &reason);
-    } else {
-        let [from, to, across] = [Place::pod(&lab, &client)?, Place::pod(&lab, &near)?, Place::pod(&lab, &far)?];
-        let (near, far) = (near.address(false).to_string(), far.address(false).to_string());
-        let paths =
-            [("pod to pod, one node", &from, &to, near.as_str()), ("pod to pod, across nodes", &from, &across, &far)];
-        println!("throughput of one stream");
-        part(&mut report, "throughput", |report| traffic::throughput(report, &paths, &traffic::raw_pair(&lab)?));
-        println!("time of each program");
-        part(&mut report, "nanoseconds of programs", |report| {
-            let mut asks: Vec<String> = services.iter().map(|(_, service, _)| service.clone()).collect();
-            asks.extend([at(NEAR_UDP[0], 80)?, at(NEAR_UDP[1], 80)?]);
-            traffic::programs(&lab, report, &client, &asks, &paths)
+    println!("connections to Services");
+    for (what, service, backend) in &services {
+        let what = format!("connect pod to Service, {what}");
+        part(&mut report, &what, |report| {
+            report.pairs(&what, "us", &from.turns("connect", service, (&from, backend))?, "pod to pod");
+            Ok(())
         });
     }
+    println!("questions and answers, throughput of one stream");
+    let (near_v4, far_v4) = (near.address(false).to_string(), far.address(false).to_string());
+    let ways = [
+        ("one node", (&from, &to, near_v4.as_str()), raw_pair(&lab)?, "raw veth pair"),
+        ("across nodes", (&from, &across, far_v4.as_str()), vxlan_pair(&lab)?, "kernel VXLAN"),
+    ];
+    let iperf = sh::missing(&["iperf3"], &[]);
+    for (what, ours, peer, name) in &ways {
+        let peer_way = (&peer.0, &peer.1, peer.2.as_str());
+        let rr = format!("question and answer, pod to pod, {what}");
+        part(&mut report, &rr, |report| {
+            let _server = peer.1.serve()?;
+            let (ours, peer) = (at(ours.2, 8080)?, at(&peer.2, 8080)?);
+            wait_for(&peer, std::time::Duration::from_secs(5), || from.turns("answer", &ours, (peer_way.0, &peer)))
+                .map(|pairs| report.pairs(&rr, "us", &pairs, name))
+        });
+        let stream = format!("one TCP stream, pod to pod, {what}");
+        match &iperf {
+            Some(reason) => report.skip(&stream, reason),
+            None => part(&mut report, &stream, |report| {
+                report.pairs(&stream, "Gbit/s", &traffic::throughput(*ours, peer_way)?, name);
+                Ok(())
+            }),
+        }
+    }
+    println!("time of each program");
+    if let Some(reason) = iperf {
+        report.skip("nanoseconds of programs on packets", &reason);
+    } else {
+        part(&mut report, "nanoseconds of programs on packets", |report| {
+            let host = Place::node(&lab, 1);
+            traffic::programs(&lab, report, Load::Packets, || {
+                for way in [ways[0].1, ways[1].1, (&host, &to, near_v4.as_str())] {
+                    traffic::small_packets(way)?;
+                }
+                Ok(())
+            })
+        });
+    }
+    part(&mut report, "nanoseconds of programs on sockets", |report| {
+        let mut asks: Vec<String> = services.iter().map(|(_, service, _)| service.clone()).collect();
+        asks.extend([at(NEAR_UDP[0], 80)?, at(NEAR_UDP[1], 80)?]);
+        traffic::programs(&lab, report, Load::Sockets, || {
+            for target in &asks {
+                for options in [&[][..], &["--udp"], &["--udp", "--unconnected"]] {
+                    let options = [&["ask", target, "--count", "300", "--timeout", "300"], options].concat();
+                    let _: Asked = lab.probe(&client, &options)?;
+                    let _: Asked = lab.probe_on_node(1, &options)?;
+                }
+            }
+            Ok(())
+        })
+    });
     println!("calls of the network plugin");
     part(&mut report, "agent RSS", |report| plugin::memory(&lab, report, "agent RSS with 2 pods, after the traffic"));
     part(&mut report, "CNI ADD and DEL", |report| plugin::measure(&lab, report));

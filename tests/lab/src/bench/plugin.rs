@@ -17,8 +17,11 @@ use crate::standalone::Standalone;
 
 /// Pods of each plugin.
 const PODS: usize = 100;
+/// Calls that are under way at once, in the second round.
+const AT_ONCE: usize = 20;
 /// Where Debian's plugins are.
 const DEBIAN: &str = "/usr/lib/cni";
+const PEER: &str = "bridge + host-local, IPv4 only";
 const CONFLIST: &str = "/etc/cni/net.d/05-keelway.conflist";
 /// One family, since the peer waits a second for an IPv6 address; and no masquerading, which would call iptables.
 const BRIDGE: &str = r#"{"cniVersion": "1.0.0", "name": "bench", "type": "bridge", "bridge": "kwbench0", "isGateway": true,
@@ -29,28 +32,37 @@ const BRIDGE: &str = r#"{"cniVersion": "1.0.0", "name": "bench", "type": "bridge
 pub struct Calls {
     /// ADD or DEL.
     command: String,
+    /// Many calls at once, each time until the last is done.
+    #[arg(long)]
+    at_once: bool,
 }
 
 impl Calls {
-    /// Calls both plugins for every pod in turn, and prints the microseconds of each.
+    /// Calls both plugins for every pod in turn, and prints the microseconds of each call, or of each round of calls at once.
     pub fn run(&self) -> Result<()> {
         let list: Value = serde_json::from_slice(&fs::read(CONFLIST).context(CONFLIST)?)?;
         let mut ours = list["plugins"][0].clone();
         (ours["name"], ours["cniVersion"]) = (list["name"].clone(), json!("1.0.0"));
         let ours = ours.to_string();
+        let plugins = [("/opt/cni/bin", "keelway-cni", ours.as_str()), (DEBIAN, "bridge", BRIDGE)];
+        let call = |pod, which: usize| {
+            let (dir, program, config) = plugins[which];
+            self.call(dir, program, config, pod, which).with_context(|| format!("{program}, pod {pod}"))
+        };
         let mut times: [Vec<u64>; 2] = [Vec::new(), Vec::new()];
-        for pod in 0..PODS {
+        let size = if self.at_once { AT_ONCE } else { 1 };
+        for (round, pods) in (0..PODS).collect::<Vec<_>>().chunks(size).enumerate() {
             for turn in 0..2 {
-                // Who comes first changes from pod to pod.
-                let which = (pod + turn) % 2;
-                let (dir, program, config) = if which == 0 {
-                    ("/opt/cni/bin", "keelway-cni", ours.as_str())
-                } else {
-                    (DEBIAN, "bridge", BRIDGE)
-                };
-                let took =
-                    self.call(dir, program, config, pod, which).with_context(|| format!("{program}, pod {pod}"))?;
-                times[which].push(took);
+                // Who comes first changes from round to round.
+                let which = (round + turn) % 2;
+                let start = Instant::now();
+                let took = std::thread::scope(|scope| {
+                    let calls: Vec<_> = pods.iter().map(|pod| scope.spawn(move || call(*pod, which))).collect();
+                    let ended = calls.into_iter().map(|call| call.join().expect("a call does not panic"));
+                    ended.collect::<Result<Vec<u64>>>()
+                })?;
+                let whole = u64::try_from(start.elapsed().as_micros())?;
+                times[which].push(if self.at_once { whole } else { took[0] });
             }
         }
         println!("{}", json!(times));
@@ -111,18 +123,23 @@ pub(super) fn measure(lab: &Standalone, report: &mut Report) -> Result<()> {
     let own = std::env::current_exe()?.display().to_string();
     for command in ["ADD", "DEL"] {
         let times: [Vec<u64>; 2] = serde_json::from_str(&node.run(&[&own, "bench-cni", command])?)?;
-        let peer = "bridge + host-local, IPv4 only";
         let ms = |times: &[u64], wanted: fn(Percentiles) -> u64| {
             let times = times.iter().map(|time| std::time::Duration::from_micros(*time)).collect();
             vec![wanted(Percentiles::of(times)) as f64 / 1000.0]
         };
         let whole = |times: &[u64]| times.iter().map(|time| *time as f64 / 1000.0).collect::<Vec<_>>();
-        report.row(&format!("CNI {command}, p50 of {PODS}"), "ms", whole(&times[0]), Some((whole(&times[1]), peer)));
+        report.row(&format!("CNI {command}, p50 of {PODS}"), "ms", whole(&times[0]), Some((whole(&times[1]), PEER)));
         let [ours, theirs] = [0, 1].map(|which| ms(&times[which], |all| all.p99));
-        report.row(&format!("CNI {command}, p99 of {PODS}"), "ms", ours, Some((theirs, peer)));
+        report.row(&format!("CNI {command}, p99 of {PODS}"), "ms", ours, Some((theirs, PEER)));
         if command == "ADD" {
             memory(lab, report, "agent RSS with its pods and 100 more")?;
         }
+    }
+    for command in ["ADD", "DEL"] {
+        let rounds: [Vec<u64>; 2] = serde_json::from_str(&node.run(&[&own, "bench-cni", command, "--at-once"])?)?;
+        let [ours, theirs] = rounds.map(|round| round.iter().map(|time| *time as f64 / 1000.0).collect::<Vec<_>>());
+        let what = format!("CNI {command}, {AT_ONCE} at once, until all are done");
+        report.row(&what, "ms", ours, Some((theirs, PEER)));
     }
     Ok(())
 }

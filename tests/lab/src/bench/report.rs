@@ -6,31 +6,37 @@ use serde_json::{Value, json};
 
 use crate::cluster::programs::root;
 
-/// The middle of some measurements, with the least and the greatest.
+/// The middle of some measurements, and between what half of them lie.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Spread {
     pub(super) median: f64,
-    pub(super) min: f64,
-    pub(super) max: f64,
+    /// A quarter of them is below.
+    pub(super) q1: f64,
+    /// A quarter of them is above.
+    pub(super) q3: f64,
+    pub(super) count: usize,
 }
 
 impl Spread {
     /// Of one or more figures; nothing for none.
     pub(super) fn of(mut figures: Vec<f64>) -> Option<Self> {
         figures.sort_unstable_by(f64::total_cmp);
-        let (min, max) = (*figures.first()?, *figures.last()?);
-        let middle = figures.len() / 2;
-        let median =
-            if figures.len() % 2 == 1 { figures[middle] } else { f64::midpoint(figures[middle - 1], figures[middle]) };
-        Some(Self { median, min, max })
+        let last = figures.len().checked_sub(1)?;
+        // Between the two nearest ranks, in proportion.
+        let at = |share: f64| {
+            let (rank, above) = ((last as f64 * share).floor(), (last as f64 * share).fract());
+            let (low, high) = (figures[rank as usize], figures[(rank as usize + 1).min(last)]);
+            low + (high - low) * above
+        };
+        Some(Self { median: at(0.5), q1: at(0.25), q3: at(0.75), count: figures.len() })
     }
 
     fn shown(self) -> String {
-        format!("{} ({} to {})", digits(self.median), digits(self.min), digits(self.max))
+        format!("{} ({} to {})", digits(self.median), digits(self.q1), digits(self.q3))
     }
 
     fn json(self) -> Value {
-        json!({"median": self.median, "min": self.min, "max": self.max})
+        json!({"median": self.median, "q1": self.q1, "q3": self.q3, "count": self.count})
     }
 }
 
@@ -38,8 +44,25 @@ fn digits(figure: f64) -> String {
     if figure.abs() < 100.0 { format!("{figure:.2}") } else { format!("{figure:.0}") }
 }
 
-/// What, its unit, our figure, and the peer's with its name.
-type Row = (String, &'static str, Spread, Option<(Spread, &'static str)>);
+/// A line of the table.
+#[derive(Debug)]
+struct Row {
+    what: String,
+    unit: &'static str,
+    ours: Spread,
+    peer: Option<Peer>,
+}
+
+/// What ours is held against.
+#[derive(Debug)]
+struct Peer {
+    name: &'static str,
+    figure: Spread,
+    /// Ours to the peer's: of the pairs that were taken in turn, or of the two medians.
+    ratio: f64,
+    /// Of the pairs' ratios.
+    ratios: Option<Spread>,
+}
 
 /// What was measured so far.
 #[derive(Debug, Default)]
@@ -57,13 +80,24 @@ impl Report {
         ours: Vec<f64>,
         peer: Option<(Vec<f64>, &'static str)>,
     ) {
-        match Spread::of(ours) {
-            Some(ours) => {
-                let peer = peer.and_then(|(figures, name)| Some((Spread::of(figures)?, name)));
-                self.rows.push((what.to_owned(), unit, ours, peer));
-            }
-            None => self.skip(what, "nothing was measured"),
-        }
+        let Some(ours) = Spread::of(ours) else { return self.skip(what, "nothing was measured") };
+        let peer = peer.and_then(|(figures, name)| {
+            let figure = Spread::of(figures)?;
+            Some(Peer { name, figure, ratio: ours.median / figure.median, ratios: None })
+        });
+        self.rows.push(Row { what: what.to_owned(), unit, ours, peer });
+    }
+
+    /// Adds figures that were taken in turn with the peer's: the ratio is that of the middle pair.
+    pub(super) fn pairs(&mut self, what: &str, unit: &'static str, pairs: &[[f64; 2]], name: &'static str) {
+        let of = |figure: fn(&[f64; 2]) -> f64| Spread::of(pairs.iter().map(figure).collect());
+        let (Some(ours), Some(figure), Some(ratios)) =
+            (of(|pair| pair[0]), of(|pair| pair[1]), of(|pair| pair[0] / pair[1]))
+        else {
+            return self.skip(what, "nothing was measured");
+        };
+        let peer = Some(Peer { name, figure, ratio: ratios.median, ratios: Some(ratios) });
+        self.rows.push(Row { what: what.to_owned(), unit, ours, peer });
     }
 
     /// Notes what could not be measured, and why.
@@ -75,26 +109,26 @@ impl Report {
     /// Prints the table and writes `target/report/bench.json`; whether everything was measured.
     pub(super) fn end(self) -> Result<bool> {
         println!();
-        let width = self.rows.iter().map(|row| row.0.len()).max().unwrap_or(0);
+        let width = self.rows.iter().map(|row| row.what.len()).max().unwrap_or(0);
         println!(
-            "{:width$}  {:8}  {:>24}  {:>24}  {:>6}  peer",
-            "median (least to greatest)", "unit", "ours", "peer", "ratio"
+            "{:width$}  {:8}  {:>24}  {:>24}  {:>19}  peer",
+            "median (middle half)", "unit", "ours", "peer", "ratio"
         );
         let mut rows = Vec::new();
-        for (what, unit, ours, peer) in self.rows {
-            let ratio = peer.map(|(peer, _)| ours.median / peer.median);
+        for Row { what, unit, ours, peer } in self.rows {
+            let ratio = peer.as_ref().map(|peer| peer.ratios.map_or_else(|| digits(peer.ratio), Spread::shown));
             println!(
-                "{what:width$}  {unit:8}  {:>24}  {:>24}  {:>6}  {}",
+                "{what:width$}  {unit:8}  {:>24}  {:>24}  {:>19}  {}",
                 ours.shown(),
-                peer.map_or_else(|| "-".to_owned(), |(peer, _)| peer.shown()),
-                ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
-                peer.map_or("-", |(_, name)| name),
+                peer.as_ref().map_or_else(|| "-".to_owned(), |peer| peer.figure.shown()),
+                ratio.unwrap_or_else(|| "-".to_owned()),
+                peer.as_ref().map_or("-", |peer| peer.name),
             );
-            rows.push(
-                json!({"what": what, "unit": unit, "ours": ours.median, "peer": peer.map(|(peer, _)| peer.median),
-                "peer_name": peer.map(|(_, name)| name), "ratio": ratio, "goal": null, "met": null,
-                "ours_spread": ours.json(), "peer_spread": peer.map(|(peer, _)| peer.json())}),
-            );
+            let peer = peer.as_ref();
+            rows.push(json!({"what": what, "unit": unit, "ours": ours.median, "peer": peer.map(|peer| peer.figure.median),
+                "peer_name": peer.map(|peer| peer.name), "ratio": peer.map(|peer| peer.ratio), "goal": null, "met": null,
+                "ours_spread": ours.json(), "peer_spread": peer.map(|peer| peer.figure.json()),
+                "ratio_spread": peer.and_then(|peer| peer.ratios).map(Spread::json)}));
         }
         let skipped: Vec<Value> =
             self.skipped.iter().map(|(what, reason)| json!({"what": what, "reason": reason})).collect();
@@ -115,9 +149,10 @@ mod tests {
 
     #[test]
     fn the_median_is_in_the_middle() {
-        let of = |figures: &[f64]| Spread::of(figures.to_vec());
-        assert_eq!(of(&[3.0, 1.0, 2.0]), Some(Spread { median: 2.0, min: 1.0, max: 3.0 }));
-        assert_eq!(of(&[4.0, 1.0, 2.0, 3.0]), Some(Spread { median: 2.5, min: 1.0, max: 4.0 }));
+        let of = |figures: &[f64]| Spread::of(figures.to_vec()).map(|of| (of.median, of.q1, of.q3, of.count));
+        assert_eq!(of(&[3.0, 1.0, 2.0]), Some((2.0, 1.5, 2.5, 3)));
+        assert_eq!(of(&[4.0, 1.0, 2.0, 3.0, 100.0]), Some((3.0, 2.0, 4.0, 5)));
+        assert_eq!(of(&[7.0]), Some((7.0, 7.0, 7.0, 1)));
         assert_eq!(of(&[]), None);
     }
 }

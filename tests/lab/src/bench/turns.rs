@@ -1,0 +1,119 @@
+//! Two things measured in turn, in short blocks, by one process: what disturbs the machine disturbs both.
+//!
+//! A socket stays in the network namespace in which it was made, so that one process can have sockets in several.
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, setns};
+use nix::unistd::Pid;
+
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What is timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Timed {
+    /// connect(2), each time a new connection.
+    Connect,
+    /// A line and its answer, over one connection.
+    Answer,
+}
+
+/// Our way and the peer's.
+#[derive(Args, Debug)]
+pub struct Turns {
+    /// What is timed.
+    #[arg(value_enum)]
+    pub timed: Timed,
+    /// Address and port of each; ours first.
+    #[arg(long, num_args = 2, required = true)]
+    pub targets: Vec<SocketAddr>,
+    /// Files of the network namespaces to dial from; ours first.
+    #[arg(long, num_args = 2, required = true)]
+    pub netns: Vec<PathBuf>,
+    /// Blocks of each.
+    #[arg(long, default_value_t = 100)]
+    pub rounds: usize,
+    /// Operations of a block.
+    #[arg(long, default_value_t = 50)]
+    pub block: usize,
+    /// CPU to stay on.
+    #[arg(long, default_value_t = 0)]
+    pub cpu: usize,
+}
+
+impl Turns {
+    /// Prints the median of each block in nanoseconds, ours and the peer's in pairs.
+    ///
+    /// # Errors
+    /// The first connection or answer that failed.
+    pub fn run(&self) -> Result<()> {
+        stay(Pid::from_raw(0), self.cpu)?;
+        let netns: Vec<File> = self.netns.iter().map(File::open).collect::<Result<_, _>>()?;
+        let mut standing = Vec::new();
+        if self.timed == Timed::Answer {
+            for (netns, target) in netns.iter().zip(&self.targets) {
+                setns(netns, CloneFlags::CLONE_NEWNET)?;
+                standing.push(dial(*target)?.0);
+            }
+        }
+        let mut blocks = Vec::new();
+        // One round more, to warm up, which is not counted.
+        for round in 0..=self.rounds {
+            let mut pair = [0; 2];
+            for turn in 0..2 {
+                // Who comes first changes from round to round.
+                let which = (round + turn) % 2;
+                setns(&netns[which], CloneFlags::CLONE_NEWNET)?;
+                let mut times = Vec::with_capacity(self.block);
+                for _ in 0..self.block {
+                    times.push(match self.timed {
+                        Timed::Answer => answer(&mut standing[which])?,
+                        Timed::Connect => {
+                            let (mut connection, took) = dial(self.targets[which])?;
+                            // The server has taken it from its queue, and both ends are done when the next one begins.
+                            answer(&mut connection)?;
+                            took
+                        }
+                    });
+                }
+                times.sort_unstable();
+                pair[which] = u64::try_from(times[times.len() / 2].as_nanos())?;
+            }
+            if round > 0 {
+                blocks.push(pair);
+            }
+        }
+        println!("{}", serde_json::to_string(&blocks)?);
+        Ok(())
+    }
+}
+
+fn dial(target: SocketAddr) -> Result<(BufReader<TcpStream>, Duration)> {
+    let start = Instant::now();
+    let stream = TcpStream::connect(target);
+    let took = start.elapsed();
+    let stream = stream.with_context(|| format!("connecting to {target}"))?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok((BufReader::new(stream), took))
+}
+
+fn answer(connection: &mut BufReader<TcpStream>) -> Result<Duration> {
+    let (start, mut line) = (Instant::now(), String::new());
+    connection.get_mut().write_all(b"1\n")?;
+    connection.read_line(&mut line).context("no answer")?;
+    Ok(start.elapsed())
+}
+
+/// Keeps a thread on one CPU, modulo those that there are.
+pub(super) fn stay(thread: Pid, cpu: usize) -> Result<()> {
+    let there = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut set = CpuSet::new();
+    set.set(cpu % there)?;
+    Ok(sched_setaffinity(thread, &set)?)
+}
