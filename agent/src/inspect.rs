@@ -22,6 +22,8 @@ pub struct InspectService {
     pub network: watch::Receiver<Option<HostNetwork>>,
     /// Why it could not be set up yet; empty when all is well.
     pub host_problem: watch::Receiver<String>,
+    /// Who else does this agent's work here, in words.
+    pub neighbours: watch::Receiver<Vec<String>>,
 }
 
 #[tonic::async_trait]
@@ -50,6 +52,7 @@ impl InspectService {
         };
         let mut problems = engine.problems;
         problems.extend(Some(self.host_problem.borrow().clone()).filter(|problem| !problem.is_empty()));
+        problems.extend(self.neighbours.borrow().iter().cloned());
         NodeStatusResponse {
             version: env!("CARGO_PKG_VERSION").into(),
             layout_version: engine.layout_version,

@@ -26,6 +26,16 @@ pub enum InstallError {
         /// The files, with the networks that they name.
         files: String,
     },
+    /// Our file's name is another's.
+    #[error(
+        "--conf-dir {dir}: {CONFLIST_FILE} is another plugin's ({owner}): remove it, or say --allow-foreign-cni to replace it"
+    )]
+    Taken {
+        /// The directory.
+        dir: PathBuf,
+        /// What is known of it.
+        owner: String,
+    },
     /// The system refused.
     #[error("{what} {path}: {source}")]
     System {
@@ -79,7 +89,13 @@ pub fn install(args: &InstallCniArgs) -> anyhow::Result<()> {
 /// The first step that failed; those after it are not tried.
 pub fn perform(args: &InstallCniArgs) -> Result<Installed, InstallError> {
     let agent = PluginConfig::load(args)?;
-    let (before, after) = foreign(&args.conf_dir)?;
+    let (mut before, after) = foreign(&args.conf_dir)?;
+    if let Some(owner) = foreign_owner(&args.conf_dir) {
+        if !args.allow_foreign_cni {
+            return Err(InstallError::Taken { dir: args.conf_dir.clone(), owner });
+        }
+        before.push(format!("{CONFLIST_FILE} ({owner}), which was replaced,"));
+    }
     if !before.is_empty() && !args.allow_foreign_cni {
         return Err(InstallError::Foreign { dir: args.conf_dir.clone(), files: before.join(", ") });
     }
@@ -112,7 +128,7 @@ pub fn perform(args: &InstallCniArgs) -> Result<Installed, InstallError> {
 }
 
 /// Other configurations that a runtime would read, sorted: those before ours, and those after.
-fn foreign(dir: &Path) -> Result<(Vec<String>, Vec<String>), InstallError> {
+pub(crate) fn foreign(dir: &Path) -> Result<(Vec<String>, Vec<String>), InstallError> {
     let wrong = |source| InstallError::System { what: "--conf-dir", path: dir.to_owned(), source };
     let entries = match std::fs::read_dir(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
@@ -131,6 +147,15 @@ fn foreign(dir: &Path) -> Result<(Vec<String>, Vec<String>), InstallError> {
     let mut shown: Vec<String> = names.iter().map(|name| with_network(dir, name)).collect();
     let after = shown.split_off(split);
     Ok((shown, after))
+}
+
+/// The network and plugins of a file that has our name and is not ours; what does not read as a configuration is nobody's.
+pub(crate) fn foreign_owner(dir: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(dir.join(CONFLIST_FILE)).ok()?;
+    let list: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let plugins: Vec<&str> = list["plugins"].as_array()?.iter().filter_map(|plugin| plugin["type"].as_str()).collect();
+    let network = list["name"].as_str().unwrap_or_default();
+    (!plugins.contains(&BINARY_FILE)).then(|| format!("network {network:?}, plugins {}", plugins.join(", ")))
 }
 
 /// The file's name, with the network that it names.

@@ -11,6 +11,7 @@ pub mod host;
 pub mod http;
 pub mod inspect;
 pub mod install;
+pub mod neighbours;
 pub mod proc_sys;
 pub mod run;
 pub mod source;

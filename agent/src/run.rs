@@ -34,6 +34,7 @@ use crate::gate::Gate;
 use crate::host::{self, HostNetwork};
 use crate::http::{self, Health, Metrics};
 use crate::inspect::InspectService;
+use crate::neighbours;
 use crate::source::kube::Kubernetes;
 use crate::source::manifests::Manifests;
 use crate::source::{CHANNEL_CAPACITY, Event, Node, Source, Status};
@@ -120,8 +121,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     tokio::spawn(host_task.run());
     serve_http(listeners, health, metrics, &engine, &status, flows);
-    let inspect =
-        InspectService { engine: engine.clone(), source: status, config: config.clone(), network, host_problem };
+    let (neighbours_tx, neighbours) = watch::channel(Vec::new());
+    tokio::spawn(neighbours::watch(neighbours_tx));
+    let inspect = InspectService {
+        engine: engine.clone(),
+        source: status,
+        config: config.clone(),
+        network,
+        host_problem,
+        neighbours,
+    };
     serve_api(&config, attachments.clone(), inspect)?;
     tokio::spawn(show_signs_of_life(config.run_dir.clone()));
     tokio::spawn(drain_when_synced(engine, attachments));
@@ -184,14 +193,22 @@ impl Listeners {
         let mut listeners = Self { health: None, metrics: None };
         if let Some(listen) = config.healthz_addr {
             let bound = http::bind("healthz-addr", listen).await;
-            let hint = "kube-proxy serves there too: it has to go before keelway-agent takes its place";
-            listeners.health = Some(bound.context(hint)?);
+            listeners.health = Some(bound.with_context(port_taken)?);
         }
         if let Some(listen) = config.metrics_addr {
             listeners.metrics = Some(http::bind("metrics-addr", listen).await?);
         }
         Ok(listeners)
     }
+}
+
+/// Whose the port of `--healthz-addr` may be.
+fn port_taken() -> String {
+    let seen = neighbours::kube_proxy().unwrap_or_else(|| "no rules of a kube-proxy are there".to_owned());
+    format!(
+        "kube-proxy serves its health there too and has to go before keelway-agent takes its place ({seen}); if the port is \
+         someone else's, --healthz-addr is where to serve instead"
+    )
 }
 
 fn serve_http(listeners: Listeners, health: Health, metrics: Metrics, engine: &Handle, status: &Status, flows: Flows) {

@@ -1,6 +1,7 @@
 //! Attaching the entry programs, once, by pinned links; an attachment that is there and alive is left alone.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,7 @@ use crate::clsact;
 use crate::error::Error;
 use crate::loader::{Datapath, HOOKS};
 use crate::pins::Pins;
-use crate::sys::{LinkTarget, pinned_link};
+use crate::sys::{LinkTarget, cgroup_programs, pinned_link};
 
 /// How a hook is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +59,6 @@ pub struct HookState {
 pub(crate) struct Attachments {
     pins: Pins,
     states: BTreeMap<(String, Hook), HookState>,
-    /// Programs of others on our devices, in words, by device.
-    others: BTreeMap<String, Vec<String>>,
 }
 
 impl Attachments {
@@ -68,7 +67,7 @@ impl Attachments {
     }
 
     pub fn new(pins: Pins) -> Self {
-        Self { pins, states: BTreeMap::new(), others: BTreeMap::new() }
+        Self { pins, states: BTreeMap::new() }
     }
 
     fn pin(&self, name: &str) -> PathBuf {
@@ -101,8 +100,9 @@ impl Datapath {
             if living(&path, LinkTarget::Cgroup(id)).is_none() {
                 let program = self.socket_program(hook.entry)?;
                 let refused = |error: &dyn std::fmt::Display| failed(hook.hook, &shown, error);
-                let link =
-                    program.attach(&folder, CgroupAttachMode::Single).map_err(|error| refused(&with_cause(&error)))?;
+                let link = program
+                    .attach(&folder, CgroupAttachMode::Single)
+                    .map_err(|error| refused(&format!("{}{}", with_cause(&error), alone_there(&folder, hook.hook))))?;
                 let link = program.take_link(link).map_err(|error| refused(&error))?;
                 let link = FdLink::try_from(link).map_err(|error| refused(&error))?;
                 pin(link, &path, hook.hook, &shown)?;
@@ -114,7 +114,9 @@ impl Datapath {
         Ok(())
     }
 
-    /// Attaches a pod's two hooks to the host's side of its veth pair.
+    /// Attaches a pod's two hooks to the host's side of its veth pair: by filters, on every kernel. For each tcx link that
+    /// comes or goes the kernel waits for a grace period of RCU, twice a pod and several times as long as all the rest of
+    /// an ADD; for filters it does not. What an earlier build attached by living links stays as it is.
     ///
     /// # Errors
     /// As [`Self::attach_cgroup`].
@@ -127,9 +129,7 @@ impl Datapath {
     /// # Errors
     /// As [`Self::attach_cgroup`].
     pub fn attach_node(&mut self, device: &str) -> Result<(), Error> {
-        self.attach_device(device, Hook::NodeIngress, Hook::NodeEgress)?;
-        self.note_others(device);
-        Ok(())
+        self.attach_device(device, Hook::NodeIngress, Hook::NodeEgress)
     }
 
     /// Attaches the hooks of the tunnel's device.
@@ -180,24 +180,18 @@ impl Datapath {
             .collect()
     }
 
-    /// Programs of others on the node's devices, in words: they run before or after ours, and may drop what ours let through.
+    /// Programs of others on our devices and our cgroup as the kernel has them now, in words: they run before or after ours, and
+    /// may drop or send elsewhere what ours let through.
     pub fn others(&self) -> Vec<String> {
-        self.attachments.others.values().flatten().cloned().collect()
-    }
-
-    /// Notes who else is attached to a device. An error only means that the kernel does not tell.
-    fn note_others(&mut self, device: &str) {
         let mut found = Vec::new();
-        for (direction, name) in [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")] {
-            let Ok((_, programs)) = SchedClassifier::query_tcx(device, direction) else { continue };
-            let names = programs.iter().map(|program| program.name_as_str().unwrap_or("?").to_owned());
-            let foreign = names.filter(|name| HOOKS.iter().all(|hook| hook.entry != name));
-            found.extend(foreign.map(|program| format!("{device}: the tcx {name} program {program:?} is another's")));
+        for state in self.attachments.states.values() {
+            match state.mechanism {
+                Mechanism::Tcx => found.extend(others_on_device(state)),
+                Mechanism::Cgroup => found.extend(others_on_cgroup(state)),
+                Mechanism::Clsact => {}
+            }
         }
-        for other in &found {
-            tracing::warn!("{other}");
-        }
-        self.attachments.others.insert(device.to_owned(), found);
+        found
     }
 
     fn is_alive(&self, state: &HookState) -> bool {
@@ -219,7 +213,14 @@ impl Datapath {
     fn attach_device(&mut self, device: &str, ingress: Hook, egress: Hook) -> Result<(), Error> {
         let index = nix::net::if_::if_nametoindex(device).map_err(|errno| failed(ingress, device, errno))?;
         for (hook, direction) in [(ingress, TcAttachType::Ingress), (egress, TcAttachType::Egress)] {
-            if has_tcx() {
+            let by_link = match hook {
+                Hook::PodIngress | Hook::PodEgress => {
+                    let pin = self.attachments.pin(&device_pin(device, direction));
+                    living(&pin, LinkTarget::Device(index)).is_some()
+                }
+                _ => has_tcx(),
+            };
+            if by_link {
                 self.attach_tcx(device, index, hook, direction)?;
             } else {
                 let program = self.classifier(entry_of(hook))?;
@@ -248,6 +249,73 @@ impl Datapath {
             living(&path, LinkTarget::Device(index)).ok_or_else(|| failed(hook, device, "the link is gone at once"))?;
         self.remember(hook, device, Mechanism::Tcx, link_id, program_id);
         Ok(())
+    }
+}
+
+/// Whoever is attached to this cgroup's hook, since one that allows no others is why the kernel refuses ours.
+fn alone_there(folder: &std::fs::File, hook: Hook) -> String {
+    let ids = cgroup_programs(folder.as_fd(), cgroup_attach_type(hook)).unwrap_or_default();
+    let named: Vec<String> = ids
+        .into_iter()
+        .map(|id| format!("program {:?} (id {id})", loaded_program(id).unwrap_or_else(|| "?".to_owned())))
+        .collect();
+    if named.is_empty() {
+        String::new()
+    } else {
+        format!("; another's is there and may allow none beside it: {}", named.join(", "))
+    }
+}
+
+/// An error of the kernel only means that it does not tell.
+fn others_on_device(state: &HookState) -> Vec<String> {
+    let direction = direction_of(state.hook);
+    let Ok((_, programs)) = SchedClassifier::query_tcx(&state.to, direction) else { return Vec::new() };
+    let named: Vec<(u32, String)> =
+        programs.iter().map(|program| (program.id(), program.name_as_str().unwrap_or("?").to_owned())).collect();
+    let place = format!("{}: tcx {}", state.to, if direction == TcAttachType::Ingress { "ingress" } else { "egress" });
+    others_among(&named, state.program_id, &place)
+}
+
+fn others_on_cgroup(state: &HookState) -> Vec<String> {
+    let Ok(folder) = std::fs::File::open(&state.to) else { return Vec::new() };
+    let Ok(ids) = cgroup_programs(folder.as_fd(), cgroup_attach_type(state.hook)) else { return Vec::new() };
+    let name = |id| loaded_program(id).unwrap_or_else(|| "?".to_owned());
+    let named: Vec<(u32, String)> = ids.into_iter().map(|id| (id, name(id))).collect();
+    others_among(&named, state.program_id, &format!("{}: {}", state.to, state.hook.name()))
+}
+
+/// Programs in the order in which they run; `ours` is one of them, or is gone.
+fn others_among(programs: &[(u32, String)], ours: u32, place: &str) -> Vec<String> {
+    let own = programs.iter().position(|(id, _)| *id == ours);
+    let when = |index| match own {
+        Some(own) if index < own => "runs before ours",
+        Some(_) => "runs after ours",
+        None => "is there and ours is not",
+    };
+    let others = programs.iter().enumerate().filter(|(_, (id, _))| *id != ours);
+    others
+        .map(|(index, (id, name))| format!("{place} program {name:?} (id {id}) is another's and {}", when(index)))
+        .collect()
+}
+
+/// The name of a loaded program.
+fn loaded_program(id: u32) -> Option<String> {
+    let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id)?;
+    Some(found.name_as_str()?.to_owned())
+}
+
+/// `enum bpf_attach_type` of include/uapi/linux/bpf.h; 0 for hooks that are no socket's.
+const fn cgroup_attach_type(hook: Hook) -> u32 {
+    match hook {
+        Hook::Connect4 => 10,
+        Hook::Connect6 => 11,
+        Hook::Sendmsg4 => 14,
+        Hook::Sendmsg6 => 15,
+        Hook::Recvmsg4 => 19,
+        Hook::Recvmsg6 => 20,
+        Hook::Getpeername4 => 29,
+        Hook::Getpeername6 => 30,
+        _ => 0,
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::Path;
 
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const LINK_TYPE_CGROUP: u32 = 3;
 const LINK_TYPE_TCX: u32 = 11;
 
@@ -56,6 +57,39 @@ struct PathAttr {
     path: u64,
     fd: u32,
     flags: u32,
+}
+
+/// `BPF_PROG_QUERY` of a cgroup: target, attach type, flags (in, out), ids' address, count (in: room, out: found), padding.
+#[repr(C, align(8))]
+struct QueryAttr {
+    fd: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    padding: u32,
+}
+
+/// Numbers of the programs attached to a cgroup itself (not to those above it), in the order in which they run.
+pub fn cgroup_programs(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
+    // The kernel lets 64 be attached to one hook of a cgroup.
+    let mut ids = [0_u32; 64];
+    let mut attr = QueryAttr {
+        fd: cgroup.as_raw_fd().cast_unsigned(),
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        ids: (&raw mut ids).expose_provenance() as u64,
+        count: ids.len() as u32,
+        padding: 0,
+    };
+    // SAFETY: `attr` and the array that it names live through the call, and the array has the length given.
+    let code = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut attr, size_of::<QueryAttr>()) };
+    if code < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(ids.into_iter().take(attr.count as usize).collect())
 }
 
 /// The link that is pinned at `path`.

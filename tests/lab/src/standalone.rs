@@ -204,7 +204,10 @@ impl Standalone {
     /// What `keelway status -o json` says on a node.
     pub fn status(&self, number: usize) -> Result<serde_json::Value> {
         let keelway = sh::own("keelway")?.display().to_string();
-        Ok(serde_json::from_str(&self.lab.node(number).run(&[&keelway, "status", "-o", "json"])?)?)
+        let output = self.lab.node(number).exec(&[&keelway, "status", "-o", "json"])?;
+        // 3 is an answer too: it says what is wrong.
+        anyhow::ensure!(matches!(output.status.code(), Some(0 | 3)), "keelway status: {}", sh::words(&output));
+        Ok(serde_json::from_slice(&output.stdout)?)
     }
 
     /// Waits until a node's tables are in step with the manifests.
