@@ -42,6 +42,7 @@ impl InspectService {
         let kind = |kind: Kind| self.source.kind(kind);
         let counts = Counts {
             services: engine.services as u64,
+            services_left_out: engine.services_left_out as u64,
             frontends: engine.frontends as u64,
             backends: engine.backends as u64,
             endpoints: engine.endpoints as u64,

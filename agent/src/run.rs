@@ -81,18 +81,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         cgroup_root: config.cgroup_root.clone(),
         implied_namespaces: lister.is_none(),
     };
+    let flows = Flows::default();
     let wiring = Wiring {
         events,
         devices,
         node: node_tx,
         host_routes: routes_tx,
         source: status.clone(),
+        flows: flows.clone(),
         health: health.clone(),
         metrics: metrics.clone(),
     };
     let sweep = datapath.sweep()?;
     let engine = Engine::start(settings, datapath, leases, wiring)?;
-    let flows = Flows::default();
     tokio::spawn(sweep::run(sweep, engine.clone(), flows.clone()));
 
     let netlink = Netlink::open()?;
@@ -224,6 +225,9 @@ fn serve_http(listeners: Listeners, health: Health, metrics: Metrics, engine: &H
                 metrics.set_flows(table.name, table.live, table.expired, table.removed);
             }
             let snapshot = runtime.block_on(engine.ask(|reply| Command::Status { reply }));
+            if let Some(snapshot) = &snapshot {
+                metrics.set_left_out(snapshot.services_left_out);
+            }
             for fill in snapshot.iter().flat_map(|snapshot| &snapshot.fill) {
                 metrics.set_map(fill.name, fill.entries, fill.capacity.into());
             }

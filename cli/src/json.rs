@@ -28,6 +28,7 @@ pub fn node_status(status: &NodeStatusResponse, volumes: &Volumes) -> Value {
         "generation": status.generation,
         "counts": {
             "services": counts.services,
+            "servicesLeftOut": counts.services_left_out,
             "frontends": counts.frontends,
             "backends": counts.backends,
             "endpoints": counts.endpoints,

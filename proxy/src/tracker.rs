@@ -91,6 +91,11 @@ impl Model {
         self.changed.insert(service);
     }
 
+    /// Has a Service worked out again although nothing of it changed: one that did not fit, when there is room.
+    pub fn touch(&mut self, service: &ObjectName) {
+        self.changed.insert(service.clone());
+    }
+
     /// The Services that changed since the last call, each once. A Service that has gone comes with no frontends, and
     /// before those that came, so that its addresses and room are free again.
     pub fn take_changes(&mut self) -> Vec<Change> {

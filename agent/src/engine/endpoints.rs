@@ -1,6 +1,6 @@
 //! Local pods: which are leased, which are attached, and under whose rules.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use keelway_cni::plan::Plan;
@@ -129,6 +129,12 @@ impl Endpoints {
     /// How many are attached.
     pub fn attached(&self) -> usize {
         self.records.values().filter(|record| record.entry.is_some()).count()
+    }
+
+    /// Entries of the map.
+    pub fn entries(&self) -> usize {
+        let attached = self.records.values().filter(|record| record.entry.is_some());
+        attached.flat_map(|record| &record.lease.addresses).collect::<BTreeSet<_>>().len()
     }
 
     fn addresses(&self) -> Vec<IpAddr> {

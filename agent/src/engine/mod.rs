@@ -12,6 +12,7 @@
 
 mod convert;
 mod endpoints;
+mod fill;
 mod gate;
 mod nodes;
 mod policies;
@@ -31,6 +32,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::http::{Health, Metrics};
 use crate::source::{Event, Kind, Node, Object, Status};
+use crate::sweep::Flows;
 
 pub use endpoints::Attached;
 pub use gate::{Progress, Versions, progress};
@@ -174,6 +176,7 @@ pub struct Engine {
     synced_tx: watch::Sender<bool>,
     node_tx: watch::Sender<Option<Node>>,
     source: Status,
+    flows: Flows,
     health: Health,
     metrics: Metrics,
 
@@ -185,6 +188,9 @@ pub struct Engine {
     pod_uids: BTreeMap<ObjectName, String>,
     waiting: Vec<(PodRef, oneshot::Sender<String>)>,
     gate: gate::Gate,
+    counted: fill::Counted,
+    /// Entries of the tunnel table, once it was written.
+    tunnels: Option<usize>,
     problems: BTreeMap<&'static str, String>,
     retry_at: Option<(Instant, Duration)>,
     started: Instant,
@@ -202,6 +208,8 @@ pub struct Wiring {
     pub host_routes: watch::Sender<HostRoutes>,
     /// The source's own state.
     pub source: Status,
+    /// What the sweep of flows counts.
+    pub flows: Flows,
     /// For `/healthz`.
     pub health: Health,
     /// For `/metrics`.
@@ -216,7 +224,7 @@ impl Engine {
     pub fn start(settings: Settings, datapath: Datapath, leases: Vec<Lease>, wiring: Wiring) -> anyhow::Result<Handle> {
         let (commands, inbox) = mpsc::channel(256);
         let (synced_tx, synced) = watch::channel(false);
-        let Wiring { events, devices, node, host_routes, source, health, metrics } = wiring;
+        let Wiring { events, devices, node, host_routes, source, flows, health, metrics } = wiring;
         let policies = policies::Policies::open(&settings, &datapath.tables)?;
         let endpoints = endpoints::Endpoints::restore(leases, &datapath.tables)?;
         let engine = Self {
@@ -230,6 +238,7 @@ impl Engine {
             synced_tx,
             node_tx: node,
             source,
+            flows,
             health,
             metrics,
             kinds: BTreeSet::new(),
@@ -237,6 +246,8 @@ impl Engine {
             pod_uids: BTreeMap::new(),
             waiting: Vec::new(),
             gate: gate::Gate::default(),
+            counted: fill::Counted::default(),
+            tunnels: None,
             problems: BTreeMap::new(),
             retry_at: None,
             started: Instant::now(),

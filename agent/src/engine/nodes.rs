@@ -113,6 +113,7 @@ impl Engine {
         for key in present.keys().filter(|key| !wanted.contains_key(key)) {
             tables.tunnels.delete(key).map_err(kernel)?;
         }
+        self.tunnels = Some(wanted.len());
         self.host_routes.send_if_modified(|now| {
             let changed = *now != routes;
             *now = routes;

@@ -6,9 +6,13 @@ use std::time::SystemTime;
 use keelway_layout::maps;
 use keelway_maps::{Table as _, TableError, Tables};
 use keelway_proxy as proxy;
+use keelway_proxy::TableFull;
 use keelway_proxy::model::{EndpointSlice, ObjectName};
 
 use super::{EngineError, convert};
+
+/// Services that do not fit are named up to this number.
+const PROBLEMS: usize = 8;
 
 const LIMITS: proxy::Limits = proxy::Limits {
     frontends: maps::MAX_FRONTENDS as usize,
@@ -16,12 +20,39 @@ const LIMITS: proxy::Limits = proxy::Limits {
     backends: maps::MAX_BACKENDS as usize,
 };
 
+/// A Service whose frontends did not fit.
+struct LeftOut {
+    /// In words.
+    reason: String,
+    table: proxy::Table,
+    /// Entries that have to be free there before it is worth another try.
+    room: usize,
+}
+
+impl LeftOut {
+    fn new(error: &TableFull, tables: &proxy::Tables) -> Self {
+        Self {
+            reason: error.to_string(),
+            table: error.table,
+            room: error.needed.saturating_sub(used(tables, error.table)),
+        }
+    }
+
+    fn may_fit(&self, tables: &proxy::Tables) -> bool {
+        let limit = tables.usage().iter().find(|(table, ..)| *table == self.table).map_or(0, |(_, _, limit)| *limit);
+        used(tables, self.table) + self.room <= limit
+    }
+}
+
+fn used(tables: &proxy::Tables, wanted: proxy::Table) -> usize {
+    tables.usage().iter().find(|(table, ..)| *table == wanted).map_or(0, |(_, used, _)| *used)
+}
+
 pub struct Services {
     pub model: proxy::Model,
     node: proxy::NodeInfo,
     mirror: Option<proxy::Tables>,
-    /// Services whose frontends did not fit, and why.
-    pub errors: BTreeMap<ObjectName, String>,
+    left_out: BTreeMap<ObjectName, LeftOut>,
     /// When the changes that wait to be written happened.
     triggered: Vec<SystemTime>,
 }
@@ -33,7 +64,7 @@ impl Services {
             model: proxy::Model::new(node.clone()),
             node,
             mirror: None,
-            errors: BTreeMap::new(),
+            left_out: BTreeMap::new(),
             triggered: Vec::new(),
         }
     }
@@ -61,32 +92,65 @@ impl Services {
         self.mirror.as_ref().map(proxy::Tables::usage)
     }
 
+    /// How many Services do not fit.
+    pub fn left_out(&self) -> usize {
+        self.left_out.len()
+    }
+
+    /// What does not fit, in words: the first few by name, and how many more there are.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems: Vec<String> =
+            self.left_out.values().take(PROBLEMS).map(|left_out| left_out.reason.clone()).collect();
+        if self.left_out.len() > PROBLEMS {
+            problems.push(format!("{} more services do not fit", self.left_out.len() - PROBLEMS));
+        }
+        problems
+    }
+
     /// Takes over what the maps hold and brings them to what is wanted.
     pub fn restore(&mut self, tables: &mut Tables) -> Result<(), EngineError> {
         let dump = dump(tables).map_err(kernel)?;
         let wanted = self.model.all();
         let (mirror, ops, errors) = proxy::Tables::restore(LIMITS, &dump, &wanted);
+        let left_out = |error: &TableFull| (error.service.clone(), LeftOut::new(error, &mirror));
+        self.left_out = errors.iter().map(left_out).collect();
         self.mirror = Some(mirror);
-        self.errors = errors.into_iter().map(|error| (error.service.clone(), error.to_string())).collect();
         execute(tables, &ops).map_err(kernel)
     }
 
     /// Writes what changed; answers when those changes happened.
     pub fn apply(&mut self, tables: &mut Tables) -> Result<Vec<SystemTime>, EngineError> {
+        let ops = self.plan()?;
+        execute(tables, &ops).map_err(kernel)?;
+        Ok(std::mem::take(&mut self.triggered))
+    }
+
+    /// The writes for what changed, and for what did not fit before and does now.
+    fn plan(&mut self) -> Result<Vec<proxy::Op>, EngineError> {
         let Some(mirror) = &mut self.mirror else { return Err(EngineError::NotSynced) };
-        for change in self.model.take_changes() {
-            match mirror.apply(&change) {
-                Ok(ops) => {
-                    self.errors.remove(&change.service);
-                    execute(tables, &ops).map_err(kernel)?;
-                }
-                Err(error) => {
-                    tracing::error!(service = %change.service, %error, "frontends left as they were");
-                    self.errors.insert(change.service, error.to_string());
+        let mut ops = Vec::new();
+        loop {
+            for change in self.model.take_changes() {
+                match mirror.apply(&change) {
+                    Ok(more) => {
+                        self.left_out.remove(&change.service);
+                        ops.extend(more);
+                    }
+                    Err(error) => {
+                        let left_out = LeftOut::new(&error, mirror);
+                        if self.left_out.insert(change.service, left_out).is_none() {
+                            tracing::error!(service = %error.service, %error, "frontends left as they were");
+                        }
+                    }
                 }
             }
+            // One at a time, since the next one's room may go to it; each turn leaves one fewer, or raises what it asks for.
+            let Some(name) = self.left_out.iter().find(|(_, one)| one.may_fit(mirror)).map(|(name, _)| name.clone())
+            else {
+                return Ok(ops);
+            };
+            self.model.touch(&name);
         }
-        Ok(std::mem::take(&mut self.triggered))
     }
 }
 
@@ -130,4 +194,82 @@ fn execute(tables: &mut Tables, ops: &[proxy::Op]) -> Result<(), TableError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::source::convert;
+
+    use super::*;
+
+    fn small() -> Services {
+        let mut services = Services::new("node1");
+        let limits = proxy::Limits { frontends: 100, slots: 100, backends: 4 };
+        services.mirror = Some(proxy::Tables::new(limits));
+        services
+    }
+
+    /// A Service with an address of its own and so many backends, each its own.
+    fn add(services: &mut Services, number: u8, backends: u8) {
+        let yaml = format!(
+            "metadata: {{name: s{number}}}\nspec: {{clusterIPs: [10.96.0.{number}], ports: [{{name: p, port: 80}}]}}\n"
+        );
+        services.model.upsert_service(convert::service(&serde_norway::from_str(&yaml).unwrap()).unwrap());
+        let endpoints: Vec<String> =
+            (1..=backends).map(|last| format!("{{addresses: [10.244.{number}.{last}]}}")).collect();
+        let yaml = format!(
+            "metadata: {{name: s{number}-1, labels: {{kubernetes.io/service-name: s{number}}}}}\naddressType: IPv4\n\
+             ports: [{{name: p, port: 8080}}]\nendpoints: [{}]\n",
+            endpoints.join(", ")
+        );
+        let slice = convert::endpoint_slice(&serde_norway::from_str(&yaml).unwrap()).unwrap().unwrap();
+        services.slice_changed(slice.0, slice.1);
+    }
+
+    fn served(services: &Services, number: u8) -> bool {
+        let key = proxy::FrontendKey { addr: [10, 96, 0, number].into(), port: 80, proto: 6 };
+        services.mirror.as_ref().unwrap().owner(&key).is_some()
+    }
+
+    #[test]
+    fn what_did_not_fit_is_served_when_there_is_room() {
+        let mut services = small();
+        add(&mut services, 1, 3);
+        add(&mut services, 2, 2);
+        add(&mut services, 3, 2);
+        add(&mut services, 4, 5);
+        services.plan().unwrap();
+        assert_eq!([1, 2, 3, 4].map(|number| served(&services, number)), [true, false, false, false]);
+        assert_eq!(services.left_out(), 3);
+        assert!(services.problems()[0].contains("default/s2"), "{:?}", services.problems());
+        assert!(services.plan().unwrap().is_empty(), "nothing changed");
+
+        // Another Service's deletion makes room for two, and not for the one that never fits.
+        services.service_gone("default", "s1");
+        let ops = services.plan().unwrap();
+        let puts = ops.iter().filter(|op| matches!(op, proxy::Op::PutFrontend { key, .. } if key.port == 80)).count();
+        assert_eq!(([1, 2, 3, 4].map(|number| served(&services, number)), puts), ([false, true, true, false], 2));
+        assert_eq!(services.left_out(), 1);
+        assert!(services.plan().unwrap().is_empty());
+
+        // It is forgotten with its Service.
+        services.service_gone("default", "s4");
+        services.plan().unwrap();
+        assert_eq!((services.left_out(), services.problems().len()), (0, 0));
+    }
+
+    #[test]
+    fn what_shrinks_makes_room_too_and_the_problems_are_few() {
+        let mut services = small();
+        add(&mut services, 1, 4);
+        for number in 2..20 {
+            add(&mut services, number, 1);
+        }
+        services.plan().unwrap();
+        assert_eq!((services.left_out(), services.problems().len()), (18, PROBLEMS + 1));
+        assert_eq!(services.problems()[PROBLEMS], "10 more services do not fit");
+        add(&mut services, 1, 1);
+        services.plan().unwrap();
+        assert_eq!((services.left_out(), services.usage().unwrap()[2].1), (15, 4));
+    }
 }

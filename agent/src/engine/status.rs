@@ -22,6 +22,8 @@ pub struct EngineStatus {
     pub counters: Vec<(Hook, Reason, Counter)>,
     /// Services and slices known.
     pub services: usize,
+    /// Services that do not fit into the tables.
+    pub services_left_out: usize,
     /// Frontends programmed.
     pub frontends: usize,
     /// Backends programmed.
@@ -41,19 +43,19 @@ impl Engine {
     pub(super) fn problems(&self) -> Vec<String> {
         let mut problems: Vec<String> =
             self.problems.iter().map(|(about, problem)| format!("{about}: {problem}")).collect();
-        problems.extend(self.services.errors.values().cloned());
+        problems.extend(self.services.problems());
         problems.extend(self.policies.errors.iter().cloned());
         problems.extend(self.source.problems());
         problems
     }
 
-    pub(super) fn status(&self) -> EngineStatus {
+    pub(super) fn status(&mut self) -> EngineStatus {
         let mut problems = self.problems();
-        let tables = &self.datapath.tables;
-        let fill = tables.fill().unwrap_or_else(|error| {
+        let fill = self.fill().unwrap_or_else(|error| {
             problems.push(error.to_string());
             Vec::new()
         });
+        let tables = &self.datapath.tables;
         let counters = tables.counters.all().unwrap_or_else(|error| {
             problems.push(error.to_string());
             Vec::new()
@@ -79,6 +81,7 @@ impl Engine {
             fill,
             counters,
             services: self.services.model.len().0,
+            services_left_out: self.services.left_out(),
             frontends,
             backends,
             endpoints: self.endpoints.attached(),

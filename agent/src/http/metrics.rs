@@ -72,6 +72,7 @@ struct Inner {
     source_synced: Family<KindLabel, Gauge>,
     source_objects: Family<KindLabel, Gauge>,
     source_errors: Counter,
+    services_left_out: Gauge,
     policy_wait: Histogram,
     policy_unchecked: Counter,
 }
@@ -141,6 +142,11 @@ impl Metrics {
             source_synced: registered!("source_synced", "1 after the first full list of a kind", Family::default()),
             source_objects: registered!("source_objects", "Objects of a kind that are known", Family::default()),
             source_errors: registered!("source_errors", "Failures to read desired state", Counter::default()),
+            services_left_out: registered!(
+                "services_left_out",
+                "Services that do not fit into the kernel's tables; served as before, or not at all, until there is room",
+                Gauge::default()
+            ),
             policy_wait: registered!(
                 "cni_policy_wait_seconds",
                 "How long ADDs waited until the policies in force were no older than their Pod",
@@ -194,6 +200,11 @@ impl Metrics {
     /// A change of an endpoint reached the kernel `seconds` after it happened.
     pub fn endpoint_programmed(&self, seconds: f64) {
         self.0.programming_duration.observe(seconds);
+    }
+
+    /// So many Services do not fit.
+    pub fn set_left_out(&self, services: usize) {
+        self.0.services_left_out.set(services as i64);
     }
 
     /// An ADD waited for policies.

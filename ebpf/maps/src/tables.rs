@@ -137,31 +137,38 @@ impl Tables {
         self.set_state(NodeState { epoch: state.epoch.wrapping_add(1), ..state })
     }
 
-    /// How full the maps are.
+    /// How full the maps are. Those are counted, key by key, of which `known` does not say how many entries they hold.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn fill(&self) -> Result<Vec<Fill>, TableError> {
-        fn of<K, V>(table: &impl Table<K, V>, lru: bool) -> Result<Fill, TableError> {
-            Ok(Fill { name: table.name(), entries: table.len()?, capacity: table.capacity(), lru })
-        }
+    pub fn fill(&self, known: impl Fn(&str) -> Option<u64>) -> Result<Vec<Fill>, TableError> {
+        let of = Filler(known);
         Ok(vec![
-            of(&self.frontends, false)?,
-            of(&self.slots, false)?,
-            of(&self.backends, false)?,
-            of(&self.source_ranges, false)?,
-            of(&self.affinity, true)?,
-            of(&self.netns, false)?,
-            of(&self.endpoints, false)?,
-            of(&self.identities, false)?,
-            of(&self.tunnels, false)?,
-            of(&self.rules, false)?,
-            of(&self.cidrs, false)?,
-            of(&self.conntrack, true)?,
-            of(&self.nat, true)?,
-            of(&self.sock_reverse, true)?,
-            of(&self.sock_forward, true)?,
+            of.fill(&self.frontends, false)?,
+            of.fill(&self.slots, false)?,
+            of.fill(&self.backends, false)?,
+            of.fill(&self.source_ranges, false)?,
+            of.fill(&self.affinity, true)?,
+            of.fill(&self.netns, false)?,
+            of.fill(&self.endpoints, false)?,
+            of.fill(&self.identities, false)?,
+            of.fill(&self.tunnels, false)?,
+            of.fill(&self.rules, false)?,
+            of.fill(&self.cidrs, false)?,
+            of.fill(&self.conntrack, true)?,
+            of.fill(&self.nat, true)?,
+            of.fill(&self.sock_reverse, true)?,
+            of.fill(&self.sock_forward, true)?,
         ])
+    }
+}
+
+struct Filler<F>(F);
+
+impl<F: Fn(&str) -> Option<u64>> Filler<F> {
+    fn fill<K, V>(&self, table: &impl Table<K, V>, lru: bool) -> Result<Fill, TableError> {
+        let entries = (self.0)(table.name()).map_or_else(|| table.len(), Ok)?;
+        Ok(Fill { name: table.name(), entries, capacity: table.capacity(), lru })
     }
 }
 

@@ -48,16 +48,8 @@ impl<'a> SmallApi<'a> {
         let file = |name: &str| dir.join(name).display().to_string();
         sh::run(&["openssl", "genrsa", "-out", &file("sa.key"), "2048"])?;
         std::fs::write(dir.join("tokens"), TOKENS)?;
-        let kubeconfig = |name: &str, server: &str| {
-            let text = format!(
-                "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
-                 clusters: [{{name: c, cluster: {{server: '{server}', insecure-skip-tls-verify: true}}}}]\n\
-                 users: [{{name: u, user: {{token: admin}}}}]\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n"
-            );
-            std::fs::write(dir.join(name), text)
-        };
-        kubeconfig("admin.conf", "https://127.0.0.1:6443")?;
-        kubeconfig("agent.conf", &format!("http://{PROXY}"))?;
+        write_config(&dir.join("admin.conf"), "https://127.0.0.1:6443")?;
+        Self::write_kubeconfig(lab)?;
         let etcd = [
             program("etcd"),
             format!("--data-dir={}", file("etcd")),
@@ -100,6 +92,14 @@ impl<'a> SmallApi<'a> {
         Ok(this)
     }
 
+    /// What an agent is to be given as `--kubeconfig`, before there is a server.
+    pub fn write_kubeconfig(lab: &Lab) -> Result<PathBuf> {
+        let dir = lab.dir.join("api");
+        std::fs::create_dir_all(&dir)?;
+        write_config(&dir.join("agent.conf"), &format!("http://{PROXY}"))?;
+        Ok(dir.join("agent.conf"))
+    }
+
     /// What an agent is to be given as `--kubeconfig`.
     pub fn kubeconfig(&self) -> PathBuf {
         self.dir.join("agent.conf")
@@ -129,6 +129,18 @@ impl<'a> SmallApi<'a> {
         self.kubectl(&["create", "-f", "-"], yaml).map(drop)
     }
 
+    /// Makes the Node object of the node that this runs in.
+    pub fn node(&self, pod_cidr: &str) -> Result<()> {
+        let node = self.node;
+        self.create(&format!(
+            "apiVersion: v1\nkind: Node\nmetadata: {{name: {}}}\n\
+             spec: {{podCIDR: {pod_cidr}, podCIDRs: [{pod_cidr}]}}\n",
+            node.name
+        ))?;
+        let status = format!(r#"{{"status":{{"addresses":[{{"type":"InternalIP","address":"{}"}}]}}}}"#, node.v4);
+        self.kubectl(&["patch", "node", &node.name, "--subresource=status", "-p", &status], "").map(drop)
+    }
+
     /// Makes a Pod of this node; its uid.
     pub fn pod(&self, name: &str) -> Result<String> {
         let node = &self.node.name;
@@ -147,6 +159,15 @@ impl<'a> SmallApi<'a> {
         }
         Ok(())
     }
+}
+
+fn write_config(path: &Path, server: &str) -> Result<()> {
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
+         clusters: [{{name: c, cluster: {{server: '{server}', insecure-skip-tls-verify: true}}}}]\n\
+         users: [{{name: u, user: {{token: admin}}}}]\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n"
+    );
+    std::fs::write(path, text).with_context(|| path.display().to_string())
 }
 
 /// Serves [`PROXY`] in the network namespace of this file.

@@ -21,13 +21,7 @@ fn missing() -> Option<String> {
 fn start_agent(lab: &Lab, api: &SmallApi) -> Process {
     let node = lab.node(1);
     let own = |name: &str| sh::own(name).unwrap().display().to_string();
-    api.create(&format!(
-        "apiVersion: v1\nkind: Node\nmetadata: {{name: {}}}\nspec: {{podCIDR: 10.244.1.0/24, podCIDRs: [10.244.1.0/24]}}\n",
-        node.name
-    ))
-    .unwrap();
-    let status = format!(r#"{{"status":{{"addresses":[{{"type":"InternalIP","address":"{}"}}]}}}}"#, node.v4);
-    api.kubectl(&["patch", "node", &node.name, "--subresource=status", "-p", &status], "").unwrap();
+    api.node("10.244.1.0/24").unwrap();
     node.run(&[own("keelway-agent"), "install-cni".into(), "--from".into(), own("keelway-cni")]).unwrap();
     let kubeconfig = api.kubeconfig().display().to_string();
     let agent = node
