@@ -253,6 +253,7 @@ impl AttachmentService {
             ifindex: ends.host_index,
             mac: plan.pod_mac.0,
             host_mac: plan.host_mac.0,
+            netns_cookie: ends.netns_cookie,
         };
         apply(&plan, &self.host, netns, |ends| async move {
             // The pod's end is still down: so far nothing was sent or received.

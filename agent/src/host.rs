@@ -71,6 +71,7 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
         snat_first: Port::new(config.snat_ports.first),
         snat_last: Port::new(config.snat_ports.last),
         vxlan_port: Port::new(config.vxlan_port),
+        host_netns: keelway_netlink::netns::own_cookie()?,
         ..NodeConfig::default()
     };
     let (route_index, vxlan, address_index) = match config.routing {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use keelway_cni::plan::Plan;
 use keelway_cni::{Lease, LeaseKey};
-use keelway_layout::{Endpoint, endpoint_flags};
+use keelway_layout::{Addr, Endpoint, NetnsPod, endpoint_flags};
 use keelway_maps::{Table as _, TableError, Tables};
 use keelway_policy as policy;
 use keelway_policy::model::ObjectName;
@@ -25,6 +25,8 @@ pub struct Attached {
     pub mac: [u8; 6],
     /// Hardware address of the host's end.
     pub host_mac: [u8; 6],
+    /// Cookie of its network namespace.
+    pub netns_cookie: u64,
 }
 
 struct Record {
@@ -32,6 +34,8 @@ struct Record {
     /// What its entries hold; `None` until it is attached.
     entry: Option<Endpoint>,
     host_ifname: String,
+    /// Of its network namespace; 0 when not known.
+    netns_cookie: u64,
 }
 
 /// All of them. Entries of the map are written here only.
@@ -58,7 +62,18 @@ fn write(record: &Record, tables: &mut Tables) -> Result<(), TableError> {
     for address in &record.lease.addresses {
         tables.endpoints.put(&(*address).into(), entry)?;
     }
+    if record.netns_cookie != 0 {
+        tables.netns.put(&record.netns_cookie, &netns_pod(&record.lease, entry))?;
+    }
     Ok(())
+}
+
+/// What socket hooks are to know of a pod.
+fn netns_pod(lease: &Lease, entry: &Endpoint) -> NetnsPod {
+    let of_family = |is_family: fn(&IpAddr) -> bool| {
+        lease.addresses.iter().copied().find(is_family).map_or(Addr::UNSPECIFIED, Addr::from)
+    };
+    NetnsPod { v4: of_family(IpAddr::is_ipv4), v6: of_family(IpAddr::is_ipv6), endpoint: entry.id, reserved: 0 }
 }
 
 impl Endpoints {
@@ -67,12 +82,15 @@ impl Endpoints {
         let entries: BTreeMap<_, _> = tables.endpoints.dump()?.into_iter().collect();
         let next_id = entries.values().map(|entry| entry.id).max().unwrap_or(0) + 1;
         let next_incarnation = entries.values().map(|entry| entry.incarnation).max().unwrap_or(0) + 1;
+        let cookies: BTreeMap<u32, u64> =
+            tables.netns.dump()?.into_iter().map(|(cookie, pod)| (pod.endpoint, cookie)).collect();
         let records = leases
             .into_iter()
             .map(|lease| {
                 let entry = lease.addresses.iter().find_map(|address| entries.get(&(*address).into())).copied();
                 let host_ifname = Plan::new(&lease, &[]).host_ifname;
-                (lease.key.clone(), Record { lease, entry, host_ifname })
+                let netns_cookie = entry.and_then(|entry| cookies.get(&entry.id).copied()).unwrap_or(0);
+                (lease.key.clone(), Record { lease, entry, host_ifname, netns_cookie })
             })
             .collect();
         Ok(Self { records, policies: BTreeMap::new(), next_id, next_incarnation })
@@ -149,7 +167,7 @@ impl Engine {
         }
         let (key, uid) = (lease.key.clone(), lease.pod.uid.clone());
         let host_ifname = Plan::new(&lease, &[]).host_ifname;
-        self.endpoints.records.insert(key, Record { lease, entry: None, host_ifname });
+        self.endpoints.records.insert(key, Record { lease, entry: None, host_ifname, netns_cookie: 0 });
         if let Some(endpoint) = self.endpoints.wanted_of(&uid) {
             self.policies.model.upsert_endpoint(endpoint);
         }
@@ -176,7 +194,12 @@ impl Engine {
         self.endpoints.next_id = self.endpoints.next_id.wrapping_add(1).max(1);
         self.endpoints.next_incarnation = self.endpoints.next_incarnation.wrapping_add(1).max(1);
         self.datapath.attach_pod(&attached.host_ifname).map_err(|error| kernel(&error))?;
-        let record = Record { entry: Some(entry), host_ifname: attached.host_ifname, lease: attached.lease };
+        let record = Record {
+            entry: Some(entry),
+            host_ifname: attached.host_ifname,
+            lease: attached.lease,
+            netns_cookie: attached.netns_cookie,
+        };
         let written = write(&record, &mut self.datapath.tables);
         self.endpoints.records.insert(record.lease.key.clone(), record);
         written.map_err(|error| kernel(&error))
@@ -191,6 +214,10 @@ impl Engine {
         let taken = self.endpoints.addresses();
         for address in record.lease.addresses.iter().filter(|address| !taken.contains(address)) {
             self.datapath.tables.endpoints.delete(&(*address).into()).map_err(|error| kernel(&error))?;
+        }
+        let shared = self.endpoints.records.values().any(|other| other.netns_cookie == record.netns_cookie);
+        if record.netns_cookie != 0 && !shared {
+            self.datapath.tables.netns.delete(&record.netns_cookie).map_err(|error| kernel(&error))?;
         }
         let uid = &record.lease.pod.uid;
         match self.endpoints.wanted_of(uid) {
@@ -242,6 +269,13 @@ impl Engine {
         for (address, _) in self.datapath.tables.endpoints.dump()? {
             if !live.contains(&IpAddr::from(address)) {
                 self.datapath.tables.endpoints.delete(&address)?;
+            }
+        }
+        let records = self.endpoints.records.values();
+        let cookies: Vec<u64> = records.filter(|record| record.entry.is_some()).map(|r| r.netns_cookie).collect();
+        for (cookie, _) in self.datapath.tables.netns.dump()? {
+            if !cookies.contains(&cookie) {
+                self.datapath.tables.netns.delete(&cookie)?;
             }
         }
         Ok(())

@@ -18,6 +18,11 @@ impl Addr {
     /// `::`
     pub const UNSPECIFIED: Self = Self { words: [0; 4] };
 
+    /// The gateway of every pod: 169.254.1.1.
+    pub const GATEWAY_V4: Self = Self::from_v4_word(u32::from_ne_bytes([169, 254, 1, 1]));
+    /// The gateway of every pod: fe80::1.
+    pub const GATEWAY_V6: Self = Self { words: [0xfe80_0000_u32.to_be(), 0, 0, 1_u32.to_be()] };
+
     /// From four words in network byte order.
     #[inline(always)]
     pub const fn from_words(words: [u32; 4]) -> Self {

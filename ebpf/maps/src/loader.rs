@@ -46,6 +46,8 @@ pub const HOOKS: &[HookPrograms] = hooks! {
     Recvmsg6, "recvmsg6", "recvmsg6_work", "kwp_recvmsg6", true;
     Getpeername4, "getpeername4", "getpeername4_work", "kwp_peername4", true;
     Getpeername6, "getpeername6", "getpeername6_work", "kwp_peername6", true;
+    Bind4, "bind4", "bind4_work", "kwp_bind4", true;
+    Bind6, "bind6", "bind6_work", "kwp_bind6", true;
 };
 
 /// Attached nowhere; see [`crate::Sweep`].

@@ -54,7 +54,7 @@ fn socket_hooks_outlive_the_process_and_are_not_attached_twice() {
         let mut datapath = Datapath::open(bpffs.path()).unwrap();
         datapath.attach_cgroup(&cgroup.0).unwrap();
         let hooks = datapath.hooks();
-        assert_eq!(hooks.len(), 8);
+        assert_eq!(hooks.len(), 10);
         assert!(hooks.iter().all(|hook| hook.alive));
         hooks.iter().map(|hook| (hook.hook, hook.link_id)).collect::<Vec<_>>()
     };

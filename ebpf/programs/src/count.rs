@@ -1,8 +1,9 @@
 //! Everything that is counted, and the one place through which packets are dropped.
 
-use keelway_layout::{Counter, CounterKey, DropEvent, EndpointDropKey, Hook, Reason};
+use keelway_layout::{Addr, Counter, CounterKey, DropEvent, EndpointDropKey, Hook, Port, Reason};
 
 use crate::kernel::{Skb, precise_now};
+use crate::lb::Client;
 use crate::maps::{COUNTERS, ENDPOINT_DROPS, EVENTS};
 use crate::parse::Packet;
 
@@ -15,11 +16,15 @@ pub struct Account {
     pub endpoint: u32,
     /// The peer's identity; 0 when not looked up.
     pub peer: u32,
+    /// Who sent it, where Services care.
+    pub client: Client,
+    /// The frontend that a client from outside dialled; unspecified without.
+    pub dialled: (Addr, Port),
 }
 
 impl Account {
     pub const fn new(hook: Hook) -> Self {
-        Self { hook, endpoint: 0, peer: 0 }
+        Self { hook, endpoint: 0, peer: 0, client: Client::Outside, dialled: (Addr::UNSPECIFIED, Port::NONE) }
     }
 }
 

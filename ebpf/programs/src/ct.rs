@@ -1,9 +1,9 @@
 //! The table of flows: what is known of a packet's flow, and how long it stays known.
 
-use keelway_layout::{Addr, CtEntry, CtKey, Endpoint, NodeState, Port, Reason, ct_flags, scope};
+use keelway_layout::{Addr, CtEntry, CtKey, Endpoint, NodeState, Port, Reason, ct_flags};
 
 use crate::claim;
-use crate::maps::{CONNTRACK, STATE};
+use crate::maps::{CONNTRACK, DRAFT, STATE};
 use crate::parse::{ACK, FIN, Packet, RST, SYN, TCP, UDP};
 
 const SECOND: u64 = 1_000_000_000;
@@ -128,32 +128,74 @@ pub fn find(tuple: &CtKey, scope: u8, way: Way, incarnation: u32, now: u64) -> O
     (entry.expires > now && entry.incarnation == incarnation).then_some(entry)
 }
 
+/// As [`find`], as a [`Flow`].
+#[inline(always)]
+pub fn find_of(tuple: &CtKey, scope: u8, way: Way, incarnation: u32, now: u64) -> Option<Flow> {
+    let entry: *mut CtEntry = find(tuple, scope, way, incarnation, now)?;
+    // SAFETY: as above.
+    Some(Flow(unsafe { &*entry }, entry))
+}
+
 /// The live flow of a pod's packet, if it was opened by or to this very owner of the address.
 #[inline(always)]
 pub fn find_for(tuple: &CtKey, scope: u8, way: Way, endpoint: &Endpoint, now: u64) -> Option<Flow> {
-    let entry: *mut CtEntry = find(tuple, scope, way, endpoint.incarnation, now)?;
-    // SAFETY: as above.
-    Some(Flow(unsafe { &*entry }, entry))
+    find_of(tuple, scope, way, endpoint.incarnation, now)
 }
 
 /// Remembers a flow that was admitted just now. `dialled` is the frontend that its opener dialled.
 #[inline(never)]
 pub fn open(packet: &Packet, scope: u8, endpoint: &Endpoint, admitted: &Admission, now: u64) -> Result<(), Reason> {
     let flags = next_flags(0, packet, Way::Forward);
-    let dialled = scope == scope::OUT && !admitted.dialled.0.is_unspecified();
-    let entry = CtEntry {
-        incarnation: endpoint.incarnation,
-        policy_generation: endpoint.policy_generation,
-        epoch: epoch(),
-        peer: admitted.peer,
-        rule: admitted.rule,
-        nat_addr: admitted.dialled.0,
-        nat_port: admitted.dialled.1,
-        flags: if dialled { flags | ct_flags::TRANSLATED } else { flags },
-        expires: now + lifetime(packet.tuple.proto, flags),
-        ..CtEntry::default()
-    };
-    insert(&CtKey { scope, ..packet.tuple }, &entry)
+    let dialled = !admitted.dialled.0.is_unspecified();
+    let draft = draft(&packet.tuple, scope)?;
+    let entry = &mut draft.entry;
+    entry.incarnation = endpoint.incarnation;
+    entry.policy_generation = endpoint.policy_generation;
+    entry.epoch = epoch();
+    entry.peer = admitted.peer;
+    entry.rule = admitted.rule;
+    entry.nat_addr = admitted.dialled.0;
+    entry.nat_port = admitted.dialled.1;
+    entry.flags = if dialled { flags | ct_flags::TRANSLATED } else { flags };
+    entry.expires = now + lifetime(packet.tuple.proto, flags);
+    insert(&draft.key, &draft.entry)
+}
+
+/// An entry in the making.
+pub struct Draft {
+    pub key: CtKey,
+    pub entry: CtEntry,
+}
+
+/// An empty entry for `tuple` in `scope`. There is one on each CPU: it is to be written before another is asked for.
+#[inline(always)]
+pub fn draft(tuple: &CtKey, scope: u8) -> Result<&'static mut Draft, Reason> {
+    let draft = DRAFT.get_ptr_mut(0).ok_or(Reason::Helper)?;
+    // SAFETY: a per-CPU value, and no two tc programs run on one CPU at a time (softirqs are off around each).
+    let draft = unsafe { &mut *draft };
+    draft.key = *tuple;
+    draft.key.scope = scope;
+    draft.entry = CtEntry::default();
+    Ok(draft)
+}
+
+/// Remembers the frontend behind a translated flow, in a scope that keeps nothing else.
+#[inline(never)]
+pub fn open_dialled(
+    packet: &Packet,
+    scope: u8,
+    incarnation: u32,
+    dialled: &(Addr, Port),
+    now: u64,
+) -> Result<(), Reason> {
+    let draft = draft(&packet.tuple, scope)?;
+    let entry = &mut draft.entry;
+    entry.expires = now + lifetime(packet.tuple.proto, 0);
+    entry.nat_addr = dialled.0;
+    entry.nat_port = dialled.1;
+    entry.flags = ct_flags::TRANSLATED;
+    entry.incarnation = incarnation;
+    insert(&draft.key, &draft.entry)
 }
 
 /// What is to be remembered of the admission of a flow.

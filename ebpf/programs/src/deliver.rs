@@ -21,6 +21,18 @@ pub fn admit(
     if packet.kind == Kind::IcmpError && related(skb, packet, endpoint, now)? {
         return Ok(());
     }
+    admit_flow(skb, packet, endpoint, now, account)
+}
+
+/// As [`admit`], of a packet that is no ICMP error.
+#[inline(always)]
+pub fn admit_flow(
+    skb: Skb,
+    packet: &mut Packet,
+    endpoint: &Endpoint,
+    now: u64,
+    account: &mut Account,
+) -> Result<(), Reason> {
     if let Some(flow) = ct::find_for(&packet.tuple, scope::OUT, Way::Reverse, endpoint, now) {
         admit_known(flow, scope::OUT, Way::Reverse, endpoint, packet, now, account)?;
         if let Some((addr, port)) = flow.dialled() {
@@ -29,19 +41,22 @@ pub fn admit(
         return Ok(());
     }
     match ct::find_for(&packet.tuple, scope::IN, Way::Forward, endpoint, now) {
-        Some(flow) => admit_known(flow, scope::IN, Way::Forward, endpoint, packet, now, account),
-        None => admit_new(scope::IN, endpoint, packet, Default::default(), now, account),
+        Some(flow) if flow.dialled().unwrap_or_default() == account.dialled => {
+            admit_known(flow, scope::IN, Way::Forward, endpoint, packet, now, account)
+        }
+        // One client port, one pod, dialled in two ways: answers could not be told apart.
+        Some(flow) if !flow.is_over() => Err(Reason::NatExhausted),
+        _ => admit_new(scope::IN, endpoint, packet, account.dialled, now, account),
     }
 }
 
 /// Whether an ICMP error is about a packet that the pod sent; then the pod's own view is put back into it.
 #[inline(never)]
 fn related(skb: Skb, packet: &mut Packet, endpoint: &Endpoint, now: u64) -> Result<bool, Reason> {
-    let mut carried = Packet::EMPTY;
-    parse::inner(skb, packet, &mut carried)?;
+    let carried = parse::inner(skb, packet)?;
     if let Some(flow) = ct::find_for(&carried.tuple, scope::OUT, Way::Forward, endpoint, now) {
         if let Some((addr, port)) = flow.dialled() {
-            rewrite::inner(skb, packet, &carried, Side::Destination, addr, port)?;
+            rewrite::inner(skb, packet, carried, Side::Destination, addr, port)?;
             // An error from the backend itself comes from whom the pod thinks it talks to.
             if packet.tuple.src == carried.tuple.dst {
                 rewrite::packet(skb, packet, Side::Source, addr, Port::NONE)?;

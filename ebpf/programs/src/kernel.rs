@@ -4,12 +4,15 @@ use core::ffi::c_void;
 use core::mem::{MaybeUninit, size_of};
 
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key,
+    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX,
+    BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup, bpf_tunnel_key,
 };
 use aya_ebpf::helpers::generated as h;
 use aya_ebpf::maps::LpmTrie;
 use keelway_layout::{Addr, Reason};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::parse::Packet;
 
 /// A packet at a tc hook.
 #[derive(Clone, Copy)]
@@ -218,6 +221,38 @@ impl Skb {
     pub fn redirect_peer(self, ifindex: u32) -> i32 {
         // SAFETY: takes no pointers.
         unsafe { h::bpf_redirect_peer(ifindex, 0) as i32 }
+    }
+
+    /// Verdict: out of the device and to the neighbour that the node's routes name for the packet's destination.
+    #[inline(always)]
+    pub fn redirect_by_route(self, packet: &Packet) -> Result<i32, Reason> {
+        const AF_INET: u8 = 2;
+        const AF_INET6: u8 = 10;
+        let mut params = MaybeUninit::<bpf_fib_lookup>::zeroed();
+        // SAFETY: all bytes are initialised (zeroed), and the size given is the structure's.
+        unsafe {
+            let p = &mut *params.as_mut_ptr();
+            p.ifindex = self.ifindex();
+            p.l4_protocol = packet.tuple.proto;
+            if packet.v6 {
+                p.family = AF_INET6;
+                p.__bindgen_anon_3.ipv6_src = packet.tuple.src.words();
+                p.__bindgen_anon_4.ipv6_dst = packet.tuple.dst.words();
+            } else {
+                p.family = AF_INET;
+                p.__bindgen_anon_3.ipv4_src = packet.tuple.src.v4_word();
+                p.__bindgen_anon_4.ipv4_dst = packet.tuple.dst.v4_word();
+            }
+            let found = h::bpf_fib_lookup(self.0.cast(), params.as_mut_ptr(), size_of::<bpf_fib_lookup>() as i32, 0);
+            // A neighbour that is not known yet is asked for on the way out.
+            if !matches!(
+                found as u32,
+                BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED
+            ) {
+                return Err(Reason::NoRoute);
+            }
+            Ok(h::bpf_redirect_neigh((*params.as_ptr()).ifindex, core::ptr::null_mut(), 0, 0) as i32)
+        }
     }
 
     /// Verdict: out of the device `ifindex`.

@@ -1,16 +1,29 @@
 //! From a Service's address to a backend: the one choice that sockets and packets share.
 
 use keelway_layout::{
-    Addr, Backend, CtEntry, CtKey, Endpoint, Frontend, FrontendKey, Port, Reason, SlotKey, frontend_flags, scope,
+    Addr, Affinity, AffinityKey, Backend, CtKey, From, Frontend, FrontendKey, MEMBER_BIT, Port, Reason, SlotKey,
+    SourceRangeKey, backend_flags, frontend_flags, scope,
 };
 
-use crate::ct::{self, Way};
-use crate::kernel::random;
-use crate::maps::{BACKENDS, FRONTENDS, SLOTS};
-use crate::parse::{SCTP, TCP, UDP};
+use crate::ct::{self, Flow, Way, lifetime};
+use crate::kernel::{lpm_get, random};
+use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, SLOTS, SOURCE_RANGES};
+use crate::parse::{ACK, Packet, SCTP, SYN, TCP, UDP};
 
+const SECOND: u64 = 1_000_000_000;
 /// A service entry must not die before the flow that it leads to: it lives as the longest of them.
-const LEASE: u64 = 8_000 * 1_000_000_000;
+const LEASE: u64 = 8_000 * SECOND;
+
+/// Who dials.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Client {
+    /// A process in the node's own network namespace.
+    Host,
+    /// A pod, of this node or another.
+    Pod,
+    /// Anyone else.
+    Outside,
+}
 
 /// What a dialled address turns out to be.
 pub enum Dial {
@@ -27,98 +40,257 @@ pub enum Dial {
 /// A backend and where it was found.
 #[derive(Clone, Copy)]
 pub struct Choice {
-    pub backend: Backend,
+    pub backend: &'static Backend,
     pub id: u32,
     pub slot: u32,
 }
 
-/// Looks up what is dialled.
 #[inline(always)]
-pub fn dial(addr: Addr, port: Port, proto: u8) -> Dial {
+fn frontend(key: FrontendKey) -> Option<&'static Frontend> {
+    // SAFETY: a frontend that is replaced meanwhile is read as the old or the new one, word by word.
+    unsafe { FRONTENDS.get(key) }
+}
+
+/// The address that stands for all of the node's of a family.
+#[inline(always)]
+pub fn any_of_family(addr: &Addr) -> Addr {
+    if addr.is_v4() { Addr::from_v4_word(0) } else { Addr::UNSPECIFIED }
+}
+
+/// Looks up what is dialled.
+#[inline(never)]
+pub fn dial(addr: &Addr, port: Port, proto: u8, client: Client) -> Dial {
     if !matches!(proto, TCP | UDP | SCTP) {
         return Dial::Other;
     }
-    // SAFETY: a frontend that is replaced meanwhile is read as the old or the new one, word by word.
-    if let Some(frontend) = unsafe { FRONTENDS.get(FrontendKey::new(addr, port, proto)) } {
-        return match frontend.count {
-            0 if frontend.flags & frontend_flags::DROP_WHEN_EMPTY != 0 => Dial::Dropped,
-            0 => Dial::Refused,
-            _ => Dial::Service(frontend),
-        };
+    let mut key = FrontendKey::new(*addr, port, proto);
+    let mut found = frontend(key);
+    if found.is_none() {
+        let Some(other_port) = frontend(FrontendKey::new(*addr, Port::NONE, 0)) else { return Dial::Other };
+        if other_port.flags & frontend_flags::NODE_ADDRESS == 0 {
+            return if other_port.flags & frontend_flags::REFUSE != 0 { Dial::Refused } else { Dial::Other };
+        }
+        if other_port.flags & frontend_flags::HOST_ONLY != 0 && client != Client::Host {
+            return Dial::Other;
+        }
+        key = FrontendKey::new(any_of_family(addr), port, proto);
+        found = frontend(key);
     }
-    // SAFETY: as above.
-    match unsafe { FRONTENDS.get(FrontendKey::new(addr, Port::NONE, 0)) } {
-        Some(frontend) if frontend.flags & frontend_flags::REFUSE != 0 => Dial::Refused,
-        _ => Dial::Other,
+    if client == Client::Outside && found.is_some_and(|found| found.flags & frontend_flags::OUTSIDE_DIFFERS != 0) {
+        found = frontend(key.seen_from(From::Outside));
     }
+    let Some(found) = found else { return Dial::Other };
+    match found.count {
+        0 if found.flags & frontend_flags::DROP_WHEN_EMPTY != 0 => Dial::Dropped,
+        0 => Dial::Refused,
+        _ => Dial::Service(found),
+    }
+}
+
+/// Whether the frontend serves a client with this address.
+#[inline(always)]
+pub fn serves(frontend: &Frontend, client: &Addr) -> bool {
+    frontend.flags & frontend_flags::SOURCE_RANGES == 0
+        || lpm_get(&SOURCE_RANGES, &SourceRangeKey::new(frontend.id, *client, 128)).is_some()
+}
+
+/// Whether the choice depends on who the client is.
+#[inline(always)]
+pub fn minds_client(frontend: &Frontend) -> bool {
+    frontend.affinity_seconds != 0 || frontend.flags & frontend_flags::SOURCE_RANGES != 0
 }
 
 /// The backend in a slot, if the slot has one.
 #[inline(always)]
 pub fn in_slot(frontend: &Frontend, slot: u32) -> Option<Choice> {
-    // SAFETY: both values are copied out at once.
+    // SAFETY: the id is copied out at once; a backend never changes its address, and stays readable for this run of the program.
     unsafe {
         let id = *SLOTS.get(SlotKey { frontend: frontend.id, slot })?;
-        let backend = *BACKENDS.get(id)?;
+        let backend = BACKENDS.get(id)?;
         Some(Choice { backend, id, slot })
     }
 }
 
-/// A backend at random.
+/// A backend for a new flow: `seed` picks the slot.
 #[inline(always)]
-pub fn choose(frontend: &Frontend) -> Option<Choice> {
+pub fn choose(frontend: &Frontend, seed: u32) -> Option<Choice> {
     // The table may shrink between the reads; slot 0 is the last to go.
-    in_slot(frontend, random() % frontend.count.max(1)).or_else(|| in_slot(frontend, 0))
+    in_slot(frontend, seed % frontend.count.max(1)).or_else(|| in_slot(frontend, 0))
+}
+
+/// The backend that a client is to stay with, if it has one that still serves.
+#[inline(never)]
+pub fn kept_for(frontend: &Frontend, client: &Addr, now: u64) -> Option<Choice> {
+    if frontend.affinity_seconds == 0 {
+        return None;
+    }
+    let key = AffinityKey { client: *client, frontend: frontend.id, reserved: 0 };
+    let entry = AFFINITY.get_ptr_mut(&key)?;
+    // SAFETY: found by this lookup; single words.
+    let (seen, backend) = unsafe { ((*entry).seen, (*entry).backend) };
+    if now > seen + u64::from(frontend.affinity_seconds) * SECOND {
+        return None;
+    }
+    // SAFETY: copied out at once.
+    let slot = unsafe { *SLOTS.get(SlotKey { frontend: frontend.id | MEMBER_BIT, slot: backend })? };
+    let choice = in_slot(frontend, slot)?;
+    if choice.id != backend {
+        return None;
+    }
+    // SAFETY: as above.
+    unsafe { (*entry).seen = now };
+    Some(choice)
+}
+
+/// Remembers whom a client was given.
+#[inline(never)]
+pub fn keep_for(frontend: &Frontend, client: &Addr, backend: u32, now: u64) {
+    if frontend.affinity_seconds == 0 {
+        return;
+    }
+    let key = AffinityKey { client: *client, frontend: frontend.id, reserved: 0 };
+    let _ = AFFINITY.insert(key, Affinity { seen: now, backend, reserved: 0 }, 0);
+}
+
+/// What becomes of a packet that was dialled to a Service.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was not.
+    Other,
+    /// Nobody is behind it.
+    Refused,
+    /// It goes to a backend.
+    Translated,
+}
+
+/// Who asks for a backend, and the backend that it gets.
+pub struct Asked {
+    pub client: Client,
+    /// The local pod's; 0 for other clients.
+    pub incarnation: u32,
+    /// Meaningful after [`Outcome::Translated`].
+    pub backend: (Addr, Port),
+}
+
+impl Asked {
+    #[inline(always)]
+    pub const fn by(client: Client, incarnation: u32) -> Self {
+        Self { client, incarnation, backend: (Addr::UNSPECIFIED, Port::NONE) }
+    }
 }
 
 /// The backend of a flow that reached the packet path untranslated: the one it has, or a new one.
-///
-/// `into` receives its address and port.
 #[inline(never)]
-pub fn for_packet(
-    tuple: &CtKey,
-    frontend: &Frontend,
-    endpoint: &Endpoint,
-    now: u64,
-    into: &mut (Addr, Port),
-) -> Result<(), Reason> {
-    if let Some(flow) = ct::find_for(tuple, scope::SERVICE, Way::Forward, endpoint, now) {
-        let entry = flow.entry();
-        // SAFETY: read at once.
-        if let Some(backend) = unsafe { BACKENDS.get(entry.backend) }
-            && backend.addr == entry.nat_addr
-            && backend.port == entry.nat_port
-        {
-            *into = (backend.addr, backend.port);
-            flow.keep(now + LEASE);
-            return Ok(());
-        }
+pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcome, Reason> {
+    let tuple = &packet.tuple;
+    let dialled = dial(&tuple.dst, tuple.dport, tuple.proto, asked.client);
+    if matches!(dialled, Dial::Other) {
+        return Ok(Outcome::Other);
     }
+    // Before the Service's present state counts: a connection lives on to its end where new ones are no longer let in.
+    if let Some(flow) = ct::find_of(tuple, scope::SERVICE, Way::Forward, asked.incarnation, now)
+        && goes_on(packet, flow, &mut asked.backend)
+    {
+        flow.keep(now + lease(tuple.proto));
+        return Ok(Outcome::Translated);
+    }
+    let frontend = match dialled {
+        Dial::Other | Dial::Refused => return Ok(Outcome::Refused),
+        Dial::Dropped => return Err(Reason::NoBackend),
+        Dial::Service(frontend) => frontend,
+    };
+    if !serves(frontend, &tuple.src) {
+        return Err(Reason::SourceRange);
+    }
+    pick(packet, frontend, asked, now).map(|()| Outcome::Translated)
+}
+
+#[inline(always)]
+fn lease(proto: u8) -> u64 {
+    // A datagram flow that is quiet for as long is a new one, for every table.
+    if proto == UDP { lifetime(UDP, keelway_layout::ct_flags::REPLIED) } else { LEASE }
+}
+
+/// Whether a known flow stays with the backend that it has.
+#[inline(always)]
+fn goes_on(packet: &Packet, flow: Flow, into: &mut (Addr, Port)) -> bool {
+    let entry = flow.entry();
+    // SAFETY: read at once.
+    let Some(backend) = (unsafe { BACKENDS.get(entry.backend) }) else { return false };
+    if backend.addr != entry.nat_addr || backend.port != entry.nat_port {
+        return false;
+    }
+    let opens = packet.tuple.proto == UDP || (packet.tuple.proto == TCP && packet.tcp_flags & (SYN | ACK) == SYN);
+    if backend.flags & backend_flags::DRAINING != 0 && opens {
+        return false;
+    }
+    *into = (backend.addr, backend.port);
+    true
+}
+
+/// Picks a backend for a new flow and remembers it.
+#[inline(never)]
+fn pick(packet: &Packet, frontend: &Frontend, asked: &mut Asked, now: u64) -> Result<(), Reason> {
+    let tuple = &packet.tuple;
+    let kept = kept_for(frontend, &tuple.src, now);
+    let start = if frontend.flags & frontend_flags::HASHED != 0 { hash(tuple) } else { random() };
     // One backend behind two frontends would give two connections of one client the same translated flow.
-    let start = random();
     for attempt in 0..4 {
-        let slot = start.wrapping_add(attempt) % frontend.count.max(1);
-        let choice = in_slot(frontend, slot).or_else(|| in_slot(frontend, 0)).ok_or(Reason::NoBackend)?;
-        *into = (choice.backend.addr, choice.backend.port);
-        if !taken(tuple, into, endpoint, now) {
-            let entry = CtEntry {
-                expires: now + LEASE,
-                nat_addr: into.0,
-                nat_port: into.1,
-                backend: choice.id,
-                incarnation: endpoint.incarnation,
-                ..CtEntry::default()
-            };
-            return ct::insert(&CtKey { scope: scope::SERVICE, ..*tuple }, &entry);
+        let choice = match kept {
+            Some(kept) => kept,
+            None => choose(frontend, start.wrapping_add(attempt)).ok_or(Reason::NoBackend)?,
+        };
+        asked.backend = (choice.backend.addr, choice.backend.port);
+        if !taken(tuple, &asked.backend, asked.incarnation, now) {
+            keep_for(frontend, &tuple.src, choice.id, now);
+            return remember(tuple, asked, choice.id, now);
+        }
+        if kept.is_some() {
+            break;
         }
     }
     Err(Reason::NatExhausted)
 }
 
-/// Whether the pod's flow to that backend is already one that was dialled otherwise.
 #[inline(never)]
-fn taken(tuple: &CtKey, backend: &(Addr, Port), endpoint: &Endpoint, now: u64) -> bool {
+fn remember(tuple: &CtKey, asked: &Asked, backend: u32, now: u64) -> Result<(), Reason> {
+    let draft = ct::draft(tuple, scope::SERVICE)?;
+    let entry = &mut draft.entry;
+    entry.expires = now + lease(tuple.proto);
+    entry.nat_addr = asked.backend.0;
+    entry.nat_port = asked.backend.1;
+    entry.backend = backend;
+    entry.incarnation = asked.incarnation;
+    ct::insert(&draft.key, &draft.entry)
+}
+
+/// Of the flow, the same on every node.
+#[inline(always)]
+fn hash(tuple: &CtKey) -> u32 {
+    let (src, dst) = (tuple.src.words(), tuple.dst.words());
+    let ports = u32::from(tuple.sport.be()) << 16 | u32::from(tuple.dport.be());
+    let words = [src[0], src[1], src[2], src[3], dst[0], dst[1], dst[2], dst[3], ports, tuple.proto.into()];
+    let mut hash = 0x811c_9dc5_u32;
+    let mut i = 0;
+    while i < words.len() {
+        // Murmur3's mixing, a word at a time.
+        let mut word = words[i].wrapping_mul(0xcc9e_2d51);
+        word = word.rotate_left(15).wrapping_mul(0x1b87_3593);
+        hash = (hash ^ word).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64);
+        i += 1;
+    }
+    hash ^= hash >> 16;
+    hash = hash.wrapping_mul(0x85eb_ca6b);
+    hash ^= hash >> 13;
+    hash = hash.wrapping_mul(0xc2b2_ae35);
+    hash ^ (hash >> 16)
+}
+
+/// Whether the client's flow to that backend is already one that was dialled otherwise.
+#[inline(never)]
+fn taken(tuple: &CtKey, backend: &(Addr, Port), incarnation: u32, now: u64) -> bool {
     let translated = CtKey { dst: backend.0, dport: backend.1, ..*tuple };
-    ct::find_for(&translated, scope::OUT, Way::Forward, endpoint, now)
+    let scope = if incarnation == 0 { scope::LB } else { scope::OUT };
+    ct::find_of(&translated, scope, Way::Forward, incarnation, now)
         .is_some_and(|flow| !flow.is_over() && flow.dialled() != Some((tuple.dst, tuple.dport)))
 }

@@ -22,6 +22,7 @@ mod pod;
 mod policy;
 mod refuse;
 mod rewrite;
+mod service;
 mod sock;
 mod sweep;
 mod vxlan;
@@ -133,6 +134,8 @@ sock_hooks! {
     recvmsg6, recvmsg6, recvmsg6_work, RECVMSG6, Recvmsg6, v6, sock::show;
     getpeername4, getpeername4, getpeername4_work, GETPEERNAME4, Getpeername4, v4, sock::show;
     getpeername6, getpeername6, getpeername6_work, GETPEERNAME6, Getpeername6, v6, sock::show;
+    bind4, bind4, bind4_work, BIND4, Bind4, v4, sock::bind;
+    bind6, bind6, bind6_work, BIND6, Bind6, v6, sock::bind;
 }
 
 /// Attached nowhere: the agent runs it.

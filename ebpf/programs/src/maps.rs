@@ -59,9 +59,13 @@ pub static ENDPOINT_DROPS: LruPerCpuHashMap<EndpointDropKey, Counter> =
 #[map(name = "kw_events")]
 pub static EVENTS: RingBuf = RingBuf::pinned(m::EVENTS_BYTES, 0);
 
-/// Where a tc program keeps the packet that it works on: the stack is too small for all of it. Not pinned.
+/// Where a tc program keeps the packet that it works on, and the one that an ICMP error carries: the stack is too small for all of
+/// it. Not pinned.
 #[map(name = "kw_scratch")]
-pub static SCRATCH: PerCpuArray<crate::parse::Packet> = PerCpuArray::with_max_entries(1, 0);
+pub static SCRATCH: PerCpuArray<crate::parse::Packet> = PerCpuArray::with_max_entries(2, 0);
+/// Where a tc program makes an entry of a flow before it is written. Not pinned.
+#[map(name = "kw_draft")]
+pub static DRAFT: PerCpuArray<crate::ct::Draft> = PerCpuArray::with_max_entries(1, 0);
 
 macro_rules! program_arrays {
     ($($name:ident = $text:literal;)*) => { $(
@@ -86,4 +90,6 @@ program_arrays! {
     RECVMSG6 = "kwp_recvmsg6";
     GETPEERNAME4 = "kwp_peername4";
     GETPEERNAME6 = "kwp_peername6";
+    BIND4 = "kwp_bind4";
+    BIND6 = "kwp_bind6";
 }

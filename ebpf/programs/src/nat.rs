@@ -103,8 +103,8 @@ fn insert(key: &CtKey, entry: &NatEntry, now: u64) -> bool {
     if NAT.insert(key, entry, BPF_NOEXIST).is_ok() {
         return true;
     }
-    // Two CPUs may want one port, and the sweep may be about to remove what was there.
-    if !claim::take(key) {
+    // Two CPUs may want one port, and the sweep may be about to remove what was there. There are other ports.
+    if !claim::try_take(key) {
         return false;
     }
     let done = get(key, now).is_none() && NAT.insert(key, entry, 0).is_ok();
@@ -125,11 +125,12 @@ fn claim(key: &CtKey, packet: &Packet, node: &NodeConfig, addr: Addr, now: u64) 
         if get(&back, now).is_some() {
             continue;
         }
-        let entry = NatEntry { expires, addr: key.src, port: key.sport, reserved16: 0, flags: 0 };
+        let mut entry = NatEntry { expires, addr: key.src, port: key.sport, reserved16: 0, flags: 0 };
         if !insert(&back, &entry, now) {
             continue;
         }
-        let entry = NatEntry { expires, addr, port, reserved16: 0, flags: 0 };
+        entry.addr = addr;
+        entry.port = port;
         return if insert(key, &entry, u64::MAX) { Ok(port) } else { Err(Reason::FlowTableFull) };
     }
     Err(Reason::NatExhausted)
@@ -163,13 +164,12 @@ pub fn inbound(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> 
 /// An error about a masqueraded packet goes to the pod, with its own packet inside.
 #[inline(never)]
 pub fn inbound_error(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> {
-    let mut carried = Packet::EMPTY;
-    parse::inner(skb, packet, &mut carried)?;
+    let carried = parse::inner(skb, packet)?;
     let key = carried.tuple.reversed(scope::NAT_IN);
     let Some(entry) = get(&key, now) else { return Ok(false) };
     // SAFETY: found by this lookup; copied out.
     let (addr, port) = unsafe { ((*entry).addr, (*entry).port) };
-    rewrite::inner(skb, packet, &carried, Side::Source, addr, port)?;
+    rewrite::inner(skb, packet, carried, Side::Source, addr, port)?;
     rewrite::packet(skb, packet, Side::Destination, addr, Port::NONE)?;
     Ok(true)
 }
@@ -177,12 +177,11 @@ pub fn inbound_error(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Re
 /// A pod's error about a packet that it got over a masqueraded flow leaves as the node's.
 #[inline(never)]
 pub fn outbound_error(skb: Skb, packet: &mut Packet, addr: Addr, now: u64) -> Result<(), Reason> {
-    let mut carried = Packet::EMPTY;
-    parse::inner(skb, packet, &mut carried)?;
+    let carried = parse::inner(skb, packet)?;
     let key = carried.tuple.reversed(scope::NAT_OUT);
     let Some(entry) = get(&key, now) else { return Err(Reason::IcmpUnrelated) };
     // SAFETY: found by this lookup; copied out.
     let port = unsafe { (*entry).port };
-    rewrite::inner(skb, packet, &carried, Side::Destination, addr, port)?;
+    rewrite::inner(skb, packet, carried, Side::Destination, addr, port)?;
     rewrite::packet(skb, packet, Side::Source, addr, Port::NONE)
 }

@@ -1,38 +1,92 @@
 //! The two hooks on the node's network devices.
 
 use aya_ebpf::bindings::TC_ACT_OK;
-use keelway_layout::{Endpoint, NodeConfig, PrefixKey, Reason, node_flags, scope};
+use keelway_layout::{Endpoint, NodeConfig, PrefixKey, Reason, identity, node_flags, scope};
 
 use crate::count::Account;
 use crate::ct::{self, Way};
 use crate::kernel::{Skb, lpm_get, now};
+use crate::lb::Client;
 use crate::maps::{NODE, TUNNELS};
-use crate::parse::{Kind, Packet};
+use crate::parse::{Kind, Packet, UDP};
 use crate::pod::endpoint;
+use crate::policy::identity_of;
+use crate::service::{self, node_addr};
 use crate::{deliver, nat};
 
 const OK: i32 = TC_ACT_OK as i32;
-
-#[inline(always)]
-fn is_node(node: &NodeConfig, packet: &Packet) -> bool {
-    packet.tuple.dst == if packet.v6 { node.node_v6 } else { node.node_v4 }
-}
 
 /// A packet from the network.
 #[inline(always)]
 pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i32, Reason> {
     let Some(node) = NODE.get(0) else { return Ok(OK) };
     let now = now();
-    if is_node(node, packet) {
-        let masqueraded = match packet.kind {
-            Kind::Flow => nat::inbound(skb, packet, now)?,
-            Kind::IcmpError => nat::inbound_error(skb, packet, now)?,
-        };
-        if !masqueraded {
+    let mut restored = false;
+    if packet.tuple.dst == node_addr(node, packet.v6) {
+        if packet.tuple.proto == UDP && packet.tuple.dport == node.vxlan_port {
             return Ok(OK);
         }
+        restored = nat_inbound(skb, packet, now)?;
+        if restored && service_answer(skb, packet, now)? {
+            return service::onward(skb, packet, node);
+        }
     }
-    let Some(receiver) = endpoint(&packet.tuple.dst) else { return Ok(OK) };
+    let receiver = endpoint(&packet.tuple.dst);
+    if restored && receiver.is_none() {
+        return Ok(OK);
+    }
+    genuine(node, packet)?;
+    match receiver {
+        Some(receiver) => {
+            deliver::admit(skb, packet, receiver, now, account)?;
+            deliver::hand_over(skb, receiver)
+        }
+        None => {
+            if packet.kind == Kind::IcmpError {
+                return Ok(service::arrive_error(skb, packet, now, account)?.unwrap_or(OK));
+            }
+            service::arrive(skb, packet, node, client(node, packet), now, account)
+        }
+    }
+}
+
+#[inline(always)]
+fn nat_inbound(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> {
+    match packet.kind {
+        Kind::Flow => nat::inbound(skb, packet, now),
+        Kind::IcmpError => nat::inbound_error(skb, packet, now),
+    }
+}
+
+#[inline(always)]
+fn service_answer(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> {
+    match packet.kind {
+        Kind::Flow => service::answer(skb, packet, now),
+        Kind::IcmpError => service::answer_error(skb, packet, now),
+    }
+}
+
+/// What comes by the tunnel to the node itself: answers to what it sent for Services' clients, and pods that dial it.
+#[inline(always)]
+pub fn from_tunnel(
+    skb: Skb,
+    packet: &mut Packet,
+    node: &NodeConfig,
+    now: u64,
+    account: &mut Account,
+) -> Result<i32, Reason> {
+    if nat_inbound(skb, packet, now)? && service_answer(skb, packet, now)? {
+        return service::onward(skb, packet, node);
+    }
+    if packet.kind == Kind::IcmpError {
+        return Ok(OK);
+    }
+    service::arrive(skb, packet, node, Client::Pod, now, account)
+}
+
+/// A packet from the network does not come from a pod of this node, nor, where there is a tunnel, of any.
+#[inline(always)]
+fn genuine(node: &NodeConfig, packet: &Packet) -> Result<(), Reason> {
     if endpoint(&packet.tuple.src).is_some() {
         return Err(Reason::SpoofedSource);
     }
@@ -41,15 +95,20 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
     {
         return Err(Reason::UntunnelledPod);
     }
-    deliver::admit(skb, packet, receiver, now, account)?;
-    deliver::hand_over(skb, receiver)
+    Ok(())
+}
+
+#[inline(always)]
+fn client(node: &NodeConfig, packet: &Packet) -> Client {
+    let routed = node.flags & node_flags::VXLAN == 0;
+    if routed && identity_of(&packet.tuple.src) >= identity::FIRST_POD { Client::Pod } else { Client::Outside }
 }
 
 /// A packet to the network.
 #[inline(always)]
 pub fn egress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i32, Reason> {
     let Some(node) = NODE.get(0) else { return Ok(OK) };
-    let Some(sender) = endpoint(&packet.tuple.src) else { return Ok(OK) };
+    let Some(sender) = endpoint(&packet.tuple.src) else { return own_answer(skb, packet, node) };
     account.endpoint = sender.id;
     let Some(addr) = nat::source_for(node, packet) else { return Ok(OK) };
     let now = now();
@@ -59,6 +118,17 @@ pub fn egress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i3
     match packet.kind {
         Kind::Flow => nat::outbound(skb, packet, node, addr, now)?,
         Kind::IcmpError => nat::outbound_error(skb, packet, addr, now)?,
+    }
+    Ok(OK)
+}
+
+/// A packet of the host's own: if it answers a Service's client, it leaves under the address that was dialled.
+#[inline(always)]
+pub fn own_answer(skb: Skb, packet: &mut Packet, node: &NodeConfig) -> Result<i32, Reason> {
+    let own = packet.tuple.src == node_addr(node, packet.v6);
+    let tunnelled = packet.tuple.proto == UDP && packet.tuple.dport == node.vxlan_port;
+    if own && !tunnelled && packet.kind == Kind::Flow {
+        service::answer(skb, packet, now())?;
     }
     Ok(OK)
 }

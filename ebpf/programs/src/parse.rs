@@ -4,7 +4,7 @@ use keelway_layout::{Addr, CtKey, FragKey, FragPorts, Port, Reason};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::kernel::Skb;
-use crate::maps::FRAGMENTS;
+use crate::maps::{FRAGMENTS, SCRATCH};
 
 pub const ETH_LEN: u32 = 14;
 pub const TCP: u8 = 6;
@@ -103,9 +103,18 @@ pub fn packet(skb: Skb, into: &mut Packet) -> Result<(), Reason> {
     Ok(())
 }
 
-/// Parses the packet that an ICMP error carries, as far as the error shows it.
+/// The packet that an ICMP error carries, as far as the error shows it. There is one place for it on each CPU.
+#[inline(always)]
+pub fn inner(skb: Skb, outer: &Packet) -> Result<&'static Packet, Reason> {
+    let packet = SCRATCH.get_ptr_mut(1).ok_or(Reason::Helper)?;
+    // SAFETY: a per-CPU value, and no two tc programs run on one CPU at a time (softirqs are off around each).
+    let packet = unsafe { &mut *packet };
+    carried_by(skb, outer, packet)?;
+    Ok(packet)
+}
+
 #[inline(never)]
-pub fn inner(skb: Skb, outer: &Packet, packet: &mut Packet) -> Result<(), Reason> {
+fn carried_by(skb: Skb, outer: &Packet, packet: &mut Packet) -> Result<(), Reason> {
     let l3 = outer.l4 + 8;
     *packet = Packet { v6: outer.v6, ..Packet::EMPTY };
     if outer.v6 {

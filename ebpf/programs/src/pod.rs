@@ -6,12 +6,12 @@ use keelway_layout::{Addr, Endpoint, NodeConfig, Port, PrefixKey, Reason, identi
 use crate::count::{Account, count};
 use crate::ct::{self, Way};
 use crate::kernel::{Skb, lpm_get, now};
-use crate::lb::{self, Dial};
+use crate::lb::{self, Asked, Client, Outcome};
 use crate::maps::{ENDPOINTS, NODE, TUNNELS};
 use crate::parse::{self, Kind, Packet, UDP};
 use crate::policy::{admit_known, admit_new, identity_of};
 use crate::rewrite::{self, Side};
-use crate::{deliver, refuse};
+use crate::{deliver, refuse, service};
 
 /// The local pod with this address.
 #[inline(always)]
@@ -29,16 +29,28 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
         return Err(if scoped { Reason::LinkScoped } else { Reason::SpoofedSource });
     };
     account.endpoint = sender.id;
+    let now = now();
+    if packet.tuple.dst == gateway(packet.v6) && packet.kind == Kind::Flow {
+        return back_to_itself(skb, packet, sender, now);
+    }
     if packet.tuple.dst.is_link_scoped() {
         return Err(Reason::LinkScoped);
     }
-    let now = now();
     let node = NODE.get(0).ok_or(Reason::Helper)?;
-    if packet.kind != Kind::IcmpError || !related(skb, packet, sender, now)? {
+    let own = packet.tuple.src;
+    if packet.kind == Kind::IcmpError && related(skb, packet, sender, now)? {
+        if packet.tuple.src != own {
+            return service::onward(skb, packet, node);
+        }
+    } else {
         if let Some(flow) = ct::find_for(&packet.tuple, scope::OUT, Way::Forward, sender, now) {
             admit_known(flow, scope::OUT, Way::Forward, sender, packet, now, account)?;
         } else if let Some(flow) = ct::find_for(&packet.tuple, scope::IN, Way::Reverse, sender, now) {
             admit_known(flow, scope::IN, Way::Reverse, sender, packet, now, account)?;
+            if let Some((addr, port)) = flow.dialled() {
+                rewrite::packet(skb, packet, Side::Source, addr, port)?;
+                return service::onward(skb, packet, node);
+            }
         } else if let Some(verdict) = open(skb, packet, sender, node, now, account)? {
             return Ok(verdict);
         }
@@ -57,18 +69,18 @@ fn open(
     account: &mut Account,
 ) -> Result<Option<i32>, Reason> {
     let mut dialled = (Addr::UNSPECIFIED, Port::NONE);
-    match lb::dial(packet.tuple.dst, packet.tuple.dport, packet.tuple.proto) {
-        Dial::Other => {}
-        Dial::Dropped => return Err(Reason::NoBackend),
-        Dial::Refused => {
+    let mut asked = Asked::by(Client::Pod, sender.incarnation);
+    match lb::for_packet(packet, &mut asked, now)? {
+        Outcome::Other => {}
+        Outcome::Refused => {
             count(account.hook, Reason::NoBackend, skb.len());
             return refuse::port_unreachable(skb, packet, sender).map(Some);
         }
-        Dial::Service(frontend) => {
-            let mut backend = (Addr::UNSPECIFIED, Port::NONE);
-            lb::for_packet(&packet.tuple, frontend, sender, now, &mut backend)?;
+        Outcome::Translated => {
+            let backend = asked.backend;
             if backend.0 == packet.tuple.src {
-                return Err(Reason::Hairpin);
+                count(account.hook, Reason::Translated, skb.len());
+                return to_itself(skb, packet, sender, &backend, now).map(Some);
             }
             dialled = (packet.tuple.dst, packet.tuple.dport);
             rewrite::packet(skb, packet, Side::Destination, backend.0, backend.1)?;
@@ -92,13 +104,58 @@ fn open(
     Ok(None)
 }
 
-/// Whether an ICMP error that a pod sends is about a packet that it was sent.
+/// Whether an ICMP error that a pod sends is about a packet that it was sent; if that came by a Service from elsewhere, the error
+/// is put into the words of who dialled it.
 #[inline(never)]
-fn related(skb: Skb, packet: &Packet, sender: &Endpoint, now: u64) -> Result<bool, Reason> {
-    let mut received = Packet::EMPTY;
-    parse::inner(skb, packet, &mut received)?;
-    Ok(ct::find_for(&received.tuple, scope::IN, Way::Forward, sender, now).is_some()
-        || ct::find_for(&received.tuple, scope::OUT, Way::Reverse, sender, now).is_some())
+fn related(skb: Skb, packet: &mut Packet, sender: &Endpoint, now: u64) -> Result<bool, Reason> {
+    let received = parse::inner(skb, packet)?;
+    if let Some(flow) = ct::find_for(&received.tuple, scope::IN, Way::Forward, sender, now) {
+        if let Some((addr, port)) = flow.dialled() {
+            rewrite::inner(skb, packet, received, Side::Destination, addr, port)?;
+            rewrite::packet(skb, packet, Side::Source, addr, Port::NONE)?;
+        }
+        return Ok(true);
+    }
+    Ok(ct::find_for(&received.tuple, scope::OUT, Way::Reverse, sender, now).is_some())
+}
+
+/// What a pod's routes lead to; as a client's address it stands for the pod itself.
+#[inline(always)]
+fn gateway(v6: bool) -> Addr {
+    if v6 { Addr::GATEWAY_V6 } else { Addr::GATEWAY_V4 }
+}
+
+/// A pod's Service flow for which it is the backend itself. Under its own address as source its stack would not take it.
+#[inline(never)]
+fn to_itself(
+    skb: Skb,
+    packet: &mut Packet,
+    sender: &Endpoint,
+    backend: &(Addr, Port),
+    now: u64,
+) -> Result<i32, Reason> {
+    let dialled = (packet.tuple.dst, packet.tuple.dport);
+    rewrite::packet(skb, packet, Side::Destination, backend.0, backend.1)?;
+    let client = packet.tuple.sport;
+    rewrite::packet(skb, packet, Side::Source, gateway(packet.v6), client)?;
+    match ct::find_for(&packet.tuple, scope::HAIRPIN, Way::Forward, sender, now) {
+        Some(flow) if flow.dialled() == Some(dialled) => flow.touch(packet, Way::Forward, now),
+        Some(flow) if !flow.is_over() => return Err(Reason::Hairpin),
+        _ => ct::open_dialled(packet, scope::HAIRPIN, sender.incarnation, &dialled, now)?,
+    }
+    deliver::hand_over(skb, sender)
+}
+
+/// The answer to [`to_itself`].
+#[inline(never)]
+fn back_to_itself(skb: Skb, packet: &mut Packet, sender: &Endpoint, now: u64) -> Result<i32, Reason> {
+    let flow = ct::find_for(&packet.tuple, scope::HAIRPIN, Way::Reverse, sender, now).ok_or(Reason::LinkScoped)?;
+    let (addr, port) = flow.dialled().ok_or(Reason::Hairpin)?;
+    flow.touch(packet, Way::Reverse, now);
+    let (pod, client) = (packet.tuple.src, packet.tuple.dport);
+    rewrite::packet(skb, packet, Side::Source, addr, port)?;
+    rewrite::packet(skb, packet, Side::Destination, pod, client)?;
+    deliver::hand_over(skb, sender)
 }
 
 /// On from a pod: to a pod here, into the tunnel, or to the host's stack.

@@ -16,6 +16,22 @@ fn fold(sum: u32) -> u16 {
 /// Turns the packet into an ICMP error and returns it to the pod that sent it.
 #[inline(always)]
 pub fn port_unreachable(skb: Skb, packet: &Packet, endpoint: &Endpoint) -> Result<i32, Reason> {
+    answer(skb, packet)?;
+    skb.store(0, &[endpoint.mac, endpoint.host_mac])?;
+    Ok(skb.redirect_peer(endpoint.ifindex))
+}
+
+/// Turns the packet into an ICMP error and returns it the way that it came.
+#[inline(never)]
+pub fn port_unreachable_back(skb: Skb, packet: &Packet) -> Result<i32, Reason> {
+    let macs: [[u8; 6]; 2] = skb.load(0)?;
+    answer(skb, packet)?;
+    skb.store(0, &[macs[1], macs[0]])?;
+    Ok(skb.redirect(skb.ifindex()))
+}
+
+#[inline(never)]
+fn answer(skb: Skb, packet: &Packet) -> Result<(), Reason> {
     // The kernel does not cut a packet shorter than the checksum that is yet to be filled in, which TCP's header ends with.
     match (packet.v6, packet.tuple.proto == TCP) {
         (false, true) => v4::<10, 12>(skb, packet)?,
@@ -23,8 +39,7 @@ pub fn port_unreachable(skb: Skb, packet: &Packet, endpoint: &Endpoint) -> Resul
         (true, true) => v6::<15, 27>(skb)?,
         (true, false) => v6::<12, 24>(skb)?,
     }
-    skb.store(0, &[endpoint.mac, endpoint.host_mac])?;
-    Ok(skb.redirect_peer(endpoint.ifindex))
+    Ok(())
 }
 
 /// RFC 792: the header and the first eight bytes, or more, come back. `QUOTED` and `ICMP` count words: what is quoted, and that

@@ -1,16 +1,21 @@
 //! The hooks on sockets: a Service's address becomes a backend's once per connection, and is what the program sees ever after.
 
 use aya_ebpf::bindings::bpf_sock_addr;
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_set_retval};
-use keelway_layout::{Addr, Frontend, FrontendKey, Hook, Port, Reason, SockBackend, SockFrontend, SockKey};
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
+use keelway_layout::{
+    Addr, Frontend, FrontendKey, Hook, Port, Reason, SockBackend, SockFrontend, SockKey, frontend_flags,
+};
 
 use crate::count::count;
-use crate::lb::{self, Choice, Dial};
-use crate::maps::{SOCK_FORWARD, SOCK_REVERSE};
+use crate::kernel::{now, random};
+use crate::lb::{self, Choice, Client, Dial};
+use crate::maps::{FRONTENDS, NETNS, NODE, SOCK_FORWARD, SOCK_REVERSE};
 use crate::parse::{TCP, UDP};
+use crate::service::node_addr;
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
+const EADDRINUSE: i32 = 98;
 const ECONNREFUSED: i32 = 111;
 
 /// The context of a sock_addr program.
@@ -41,6 +46,13 @@ impl SockAddr {
     fn cookie(self) -> u64 {
         // SAFETY: the helper takes the context.
         unsafe { bpf_get_socket_cookie(self.ctx.cast()) }
+    }
+
+    /// Of the network namespace that the socket is in.
+    #[inline(always)]
+    fn netns(self) -> u64 {
+        // SAFETY: the helper takes the context.
+        unsafe { bpf_get_netns_cookie(self.ctx.cast()) }
     }
 
     #[inline(always)]
@@ -93,11 +105,46 @@ impl SockAddr {
     }
 }
 
+/// Who a socket belongs to.
+#[derive(Clone, Copy)]
+struct Owner {
+    client: Client,
+    /// The address that it dials from; unspecified when not known.
+    addr: Addr,
+    /// The hook at a pod's device sees what this socket sends.
+    has_device: bool,
+}
+
+impl Owner {
+    /// Nobody that this node knows.
+    const UNKNOWN: Self = Self { client: Client::Pod, addr: Addr::UNSPECIFIED, has_device: false };
+}
+
+/// `v6`: of what it dials.
+#[inline(never)]
+fn owner(netns: u64, v6: bool, into: &mut Owner) {
+    *into = Owner::UNKNOWN;
+    let Some(node) = NODE.get(0) else { return };
+    if netns == node.host_netns {
+        into.client = Client::Host;
+        into.addr = node_addr(node, v6);
+    // SAFETY: copied out at once.
+    } else if let Some(pod) = unsafe { NETNS.get(netns) } {
+        into.addr = if v6 { pod.v6 } else { pod.v4 };
+        into.has_device = true;
+    }
+}
+
 #[inline(always)]
 fn refuse(hook: Hook) -> i32 {
     count(hook, Reason::NoBackend, 0);
+    fail(ECONNREFUSED)
+}
+
+#[inline(always)]
+fn fail(errno: i32) -> i32 {
     // SAFETY: takes no pointers.
-    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    unsafe { bpf_set_retval(-errno) };
     REFUSE
 }
 
@@ -119,33 +166,66 @@ pub fn connect(sock: SockAddr, hook: Hook) -> i32 {
         return ALLOW;
     }
     let dialled = FrontendKey::new(sock.addr(), sock.port(), sock.proto());
-    match lb::dial(dialled.addr(), dialled.port(), dialled.proto()) {
+    let mut who = Owner::UNKNOWN;
+    owner(sock.netns(), !dialled.addr().is_v4(), &mut who);
+    match lb::dial(&dialled.addr(), dialled.port(), dialled.proto(), who.client) {
         // What is to be dropped is left to the packet's own hook.
         Dial::Other | Dial::Dropped => ALLOW,
         Dial::Refused => refuse(hook),
-        Dial::Service(frontend) => match lb::choose(frontend) {
-            Some(choice) => translate(sock, hook, dialled, &choice),
-            None => refuse(hook),
+        // A connected datagram socket would keep its backend for ever; its packets are translated one by one instead.
+        Dial::Service(_) if dialled.proto() == UDP && who.has_device => ALLOW,
+        Dial::Service(frontend) => match chosen(frontend, &who) {
+            Chosen::Choice(choice) => translate(sock, hook, dialled, &choice),
+            Chosen::Nobody => refuse(hook),
+            Chosen::AtDevice => ALLOW,
         },
     }
+}
+
+enum Chosen {
+    Choice(Choice),
+    Nobody,
+    /// The packets' own hook knows better who the client is, or is to drop them.
+    AtDevice,
+}
+
+/// The backend for a new connection.
+#[inline(always)]
+fn chosen(frontend: &Frontend, owner: &Owner) -> Chosen {
+    let minds_client = lb::minds_client(frontend);
+    if minds_client && (owner.addr.is_unspecified() || !lb::serves(frontend, &owner.addr)) {
+        return Chosen::AtDevice;
+    }
+    let now = now();
+    if minds_client && let Some(kept) = lb::kept_for(frontend, &owner.addr, now) {
+        return Chosen::Choice(kept);
+    }
+    let Some(choice) = lb::choose(frontend, random()) else { return Chosen::Nobody };
+    if minds_client {
+        lb::keep_for(frontend, &owner.addr, choice.id, now);
+    }
+    Chosen::Choice(choice)
 }
 
 /// sendmsg(2) with an address: an unconnected socket stays with its backend for as long as the Service has it.
 #[inline(always)]
 pub fn sendmsg(sock: SockAddr, hook: Hook) -> i32 {
     let dialled = FrontendKey::new(sock.addr(), sock.port(), UDP);
-    match lb::dial(dialled.addr(), dialled.port(), UDP) {
+    let mut who = Owner::UNKNOWN;
+    owner(sock.netns(), !dialled.addr().is_v4(), &mut who);
+    match lb::dial(&dialled.addr(), dialled.port(), UDP, who.client) {
         Dial::Other | Dial::Dropped => ALLOW,
         Dial::Refused => refuse(hook),
-        Dial::Service(frontend) => match kept_or_chosen(sock, dialled, frontend) {
-            Some(choice) => translate(sock, hook, dialled, &choice),
-            None => refuse(hook),
+        Dial::Service(frontend) => match kept_or_chosen(sock, dialled, frontend, &who) {
+            Chosen::Choice(choice) => translate(sock, hook, dialled, &choice),
+            Chosen::Nobody => refuse(hook),
+            Chosen::AtDevice => ALLOW,
         },
     }
 }
 
 #[inline(always)]
-fn kept_or_chosen(sock: SockAddr, dialled: FrontendKey, frontend: &Frontend) -> Option<Choice> {
+fn kept_or_chosen(sock: SockAddr, dialled: FrontendKey, frontend: &Frontend, owner: &Owner) -> Chosen {
     let key = sock.key(dialled.addr(), dialled.port());
     // SAFETY: the value is copied out at once.
     if let Some(kept) = unsafe { SOCK_FORWARD.get(key) }.copied()
@@ -153,11 +233,13 @@ fn kept_or_chosen(sock: SockAddr, dialled: FrontendKey, frontend: &Frontend) -> 
         && let Some(choice) = lb::in_slot(frontend, kept.slot)
         && choice.id == kept.backend
     {
-        return Some(choice);
+        return Chosen::Choice(choice);
     }
-    let choice = lb::choose(frontend)?;
-    let _ = SOCK_FORWARD.insert(key, SockBackend { backend: choice.id, slot: choice.slot }, 0);
-    Some(choice)
+    let chosen = chosen(frontend, owner);
+    if let Chosen::Choice(choice) = &chosen {
+        let _ = SOCK_FORWARD.insert(key, SockBackend { backend: choice.id, slot: choice.slot }, 0);
+    }
+    chosen
 }
 
 /// recvmsg(2) and getpeername(2): shows the address that the program dialled.
@@ -169,4 +251,39 @@ pub fn show(sock: SockAddr, hook: Hook) -> i32 {
         count(hook, Reason::Translated, 0);
     }
     ALLOW
+}
+
+/// bind(2): a node port is the Service's; a process that took it would hear nothing there.
+#[inline(always)]
+pub fn bind(sock: SockAddr, hook: Hook) -> i32 {
+    let Some(node) = NODE.get(0) else { return ALLOW };
+    let port = sock.port();
+    if port == Port::NONE || sock.netns() != node.host_netns {
+        return ALLOW;
+    }
+    let addr = sock.addr();
+    if is_node_port(Addr::from_v4_word(0), &addr, port, sock.proto())
+        || is_node_port(Addr::UNSPECIFIED, &addr, port, sock.proto())
+    {
+        count(hook, Reason::NodePortTaken, 0);
+        return fail(EADDRINUSE);
+    }
+    ALLOW
+}
+
+/// Whether `family` has a node port there that `bound` would hide: the wildcard does, and so does each address that serves it.
+#[inline(always)]
+fn is_node_port(family: Addr, bound: &Addr, port: Port, proto: u8) -> bool {
+    let wildcard = bound.is_unspecified() || *bound == Addr::from_v4_word(0);
+    if !wildcard && lb::any_of_family(bound) != family {
+        return false;
+    }
+    // SAFETY: read at once.
+    let is_node_port = unsafe { FRONTENDS.get(FrontendKey::new(family, port, proto)) }
+        .is_some_and(|found| found.flags & frontend_flags::NODE_PORT != 0);
+    // SAFETY: read at once.
+    let serves = |other_port: FrontendKey| {
+        unsafe { FRONTENDS.get(other_port) }.is_some_and(|found| found.flags & frontend_flags::NODE_ADDRESS != 0)
+    };
+    is_node_port && (wildcard || serves(FrontendKey::new(*bound, Port::NONE, 0)))
 }

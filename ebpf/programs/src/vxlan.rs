@@ -4,12 +4,12 @@ use aya_ebpf::bindings::TC_ACT_OK;
 use keelway_layout::{PrefixKey, Reason, identity};
 
 use crate::count::Account;
-use crate::deliver;
 use crate::kernel::{Skb, lpm_get, now};
 use crate::maps::{NODE, TUNNELS};
 use crate::parse::Packet;
 use crate::pod::endpoint;
 use crate::policy::identity_of;
+use crate::{deliver, node};
 
 /// A packet out of the tunnel.
 #[inline(always)]
@@ -27,7 +27,9 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
             deliver::admit(skb, packet, receiver, now(), account)?;
             deliver::hand_over(skb, receiver)
         }
-        None if identity_of(&packet.tuple.dst) == identity::HOST => Ok(TC_ACT_OK as i32),
+        None if identity_of(&packet.tuple.dst) == identity::HOST => {
+            node::from_tunnel(skb, packet, node, now(), account)
+        }
         None => Err(Reason::TunnelUnknown),
     }
 }
@@ -39,6 +41,9 @@ pub fn egress(skb: Skb, packet: &mut Packet, _account: &mut Account) -> Result<i
         return Err(Reason::LinkScoped);
     }
     let to = lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.dst)).ok_or(Reason::TunnelUnknown)?;
+    if let Some(node) = NODE.get(0) {
+        node::own_answer(skb, packet, node)?;
+    }
     skb.set_tunnel(&to.remote)?;
     Ok(TC_ACT_OK as i32)
 }

@@ -1,0 +1,149 @@
+//! Services for those who are no pod of this node: node ports, load balancer and external addresses, dialled from the network or
+//! from another node's pod.
+//!
+//! A flow is `client -> frontend` when it comes (scope SERVICE, the backend), `client -> backend` after translation (scope LB, the
+//! frontend), and `node -> backend` where the backend is elsewhere (`nat`). Each step keeps its own entry, and answers undo them one
+//! by one. A backend on this node sees the client's own address.
+
+use aya_ebpf::bindings::TC_ACT_OK;
+use keelway_layout::{Addr, CtKey, Endpoint, NodeConfig, Port, Reason, identity, node_flags, scope};
+
+use crate::count::{Account, count};
+use crate::ct::{self, Flow, Way};
+use crate::kernel::{Skb, lpm_get};
+use crate::lb::{self, Asked, Client, Outcome};
+use crate::maps::TUNNELS;
+use crate::parse::{self, Packet};
+use crate::pod::endpoint;
+use crate::policy::identity_of;
+use crate::rewrite::{self, Side};
+use crate::{deliver, nat, refuse};
+
+const OK: i32 = TC_ACT_OK as i32;
+
+/// The node's address of the packet's family; unspecified without.
+#[inline(always)]
+pub fn node_addr(node: &NodeConfig, v6: bool) -> Addr {
+    if v6 { node.node_v6 } else { node.node_v4 }
+}
+
+/// Translates a packet that may be for a Service. What is to be done next is for the hook to call, whose stack has the room.
+#[inline(never)]
+fn translate(skb: Skb, packet: &mut Packet, now: u64, account: &mut Account) -> Result<Outcome, Reason> {
+    let mut asked = Asked::by(account.client, 0);
+    let outcome = lb::for_packet(packet, &mut asked, now)?;
+    if outcome == Outcome::Translated {
+        account.dialled = (packet.tuple.dst, packet.tuple.dport);
+        rewrite::packet(skb, packet, Side::Destination, asked.backend.0, asked.backend.1)?;
+        count(account.hook, Reason::Translated, skb.len());
+        remember(packet, account.dialled, now)?;
+    }
+    Ok(outcome)
+}
+
+/// A packet that may be for a Service, to its backend: a pod here, the host itself, or elsewhere.
+#[inline(always)]
+pub fn arrive(
+    skb: Skb,
+    packet: &mut Packet,
+    node: &NodeConfig,
+    client: Client,
+    now: u64,
+    account: &mut Account,
+) -> Result<i32, Reason> {
+    account.client = client;
+    match translate(skb, packet, now, account)? {
+        Outcome::Other => return Ok(OK),
+        Outcome::Refused => {
+            count(account.hook, Reason::NoBackend, skb.len());
+            return refuse::port_unreachable_back(skb, packet);
+        }
+        Outcome::Translated => {}
+    }
+    if let Some(receiver) = endpoint(&packet.tuple.dst) {
+        return receive(skb, packet, receiver, now, account);
+    }
+    let own = node_addr(node, packet.v6);
+    if packet.tuple.dst == own {
+        // A backend in the host's own network: its answers are met on their way out.
+        return Ok(OK);
+    }
+    // From this node, so that the answer comes back to it.
+    nat::outbound(skb, packet, node, own, now)?;
+    onward(skb, packet, node)
+}
+
+#[inline(never)]
+fn receive(skb: Skb, packet: &mut Packet, receiver: &Endpoint, now: u64, account: &mut Account) -> Result<i32, Reason> {
+    deliver::admit_flow(skb, packet, receiver, now, account)?;
+    deliver::hand_over(skb, receiver)
+}
+
+/// The entry of the translated flow: what was dialled, for the answers.
+#[inline(never)]
+fn remember(packet: &Packet, dialled: (Addr, Port), now: u64) -> Result<(), Reason> {
+    if let Some(flow) = ct::find_of(&packet.tuple, scope::LB, Way::Forward, 0, now)
+        && flow.dialled() == Some(dialled)
+    {
+        flow.touch(packet, Way::Forward, now);
+        return Ok(());
+    }
+    ct::open_dialled(packet, scope::LB, 0, &dialled, now)
+}
+
+/// The flow that a backend's packet answers, if that came by a Service.
+#[inline(always)]
+pub fn answered(tuple: &CtKey, now: u64) -> Option<Flow> {
+    ct::find_of(tuple, scope::LB, Way::Reverse, 0, now)
+}
+
+/// A backend's answer, once it has its client back as destination: it leaves under the address that was dialled.
+#[inline(never)]
+pub fn answer(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> {
+    let Some(flow) = answered(&packet.tuple, now) else { return Ok(false) };
+    let Some((addr, port)) = flow.dialled() else { return Ok(false) };
+    flow.touch(packet, Way::Reverse, now);
+    rewrite::packet(skb, packet, Side::Source, addr, port)?;
+    Ok(true)
+}
+
+/// An ICMP error about what a Service's client was sent, or sent: both are put into the words of the one who gets it.
+///
+/// `carried` is as this node sees the flow after `nat`.
+#[inline(never)]
+pub fn answer_error(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> {
+    let carried = parse::inner(skb, packet)?;
+    let Some(flow) = ct::find_of(&carried.tuple, scope::LB, Way::Forward, 0, now) else { return Ok(false) };
+    let Some((addr, port)) = flow.dialled() else { return Ok(false) };
+    rewrite::inner(skb, packet, carried, Side::Destination, addr, port)?;
+    if packet.tuple.src == carried.tuple.dst {
+        rewrite::packet(skb, packet, Side::Source, addr, Port::NONE)?;
+    }
+    Ok(true)
+}
+
+/// An ICMP error from the network about an answer of a Service: the backend is told.
+#[inline(never)]
+pub fn arrive_error(skb: Skb, packet: &mut Packet, now: u64, account: &mut Account) -> Result<Option<i32>, Reason> {
+    let carried = parse::inner(skb, packet)?;
+    let Some(flow) = ct::find_of(&carried.tuple, scope::SERVICE, Way::Reverse, 0, now) else { return Ok(None) };
+    let (addr, port) = (flow.entry().nat_addr, flow.entry().nat_port);
+    let Some(receiver) = endpoint(&addr) else { return Ok(None) };
+    account.endpoint = receiver.id;
+    rewrite::inner(skb, packet, carried, Side::Source, addr, port)?;
+    rewrite::packet(skb, packet, Side::Destination, addr, Port::NONE)?;
+    deliver::hand_over(skb, receiver).map(Some)
+}
+
+/// To a pod through the tunnel, to everybody else by the node's routes.
+#[inline(never)]
+pub fn onward(skb: Skb, packet: &Packet, node: &NodeConfig) -> Result<i32, Reason> {
+    if node.flags & node_flags::VXLAN != 0 {
+        let who = identity_of(&packet.tuple.dst);
+        if who == identity::UNKNOWN_POD || who >= identity::FIRST_POD {
+            lpm_get(&TUNNELS, &keelway_layout::PrefixKey::host(packet.tuple.dst)).ok_or(Reason::NoRoute)?;
+            return Ok(skb.redirect(node.vxlan_ifindex));
+        }
+    }
+    skb.redirect_by_route(packet)
+}
