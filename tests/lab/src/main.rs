@@ -111,8 +111,11 @@ enum ClusterCommand {
     /// Run upstream's suite: the network's conformance specs, or those that match.
     Conformance {
         /// A regular expression.
-        #[arg(default_value = conformance::NETWORK)]
+        #[arg(long, value_name = "REGEX", default_value = conformance::NETWORK)]
         focus: String,
+        /// All Services, DNS and proxy specs that need no cloud (tests/cluster/network-specs.txt), conformance included.
+        #[arg(long, conflicts_with = "focus")]
+        services: bool,
     },
     /// Remove the cluster.
     Down,
@@ -212,10 +215,16 @@ fn cluster(command: ClusterCommand) -> Result<i32> {
                 cluster.import(&archive.canonicalize()?)?;
             }
         }
-        ClusterCommand::Conformance { focus } => {
-            let outcome = conformance::run(&Cluster::open(cluster::ID)?, &focus)?;
-            let name = if focus == conformance::NETWORK { "conformance-network" } else { "conformance" };
-            let all = conformance::report(name, &format!("keelway-lab cluster conformance '{focus}'"), &outcome)?;
+        ClusterCommand::Conformance { focus, services } => {
+            let cluster = Cluster::open(cluster::ID)?;
+            let (outcome, name, flag) = if services {
+                (conformance::run_services(&cluster)?, "conformance-services", " --services".to_owned())
+            } else if focus == conformance::NETWORK {
+                (conformance::run(&cluster, &focus)?, "conformance-network", String::new())
+            } else {
+                (conformance::run(&cluster, &focus)?, "conformance", format!(" --focus '{focus}'"))
+            };
+            let all = conformance::report(name, &format!("hack/conformance-network{flag}"), &outcome)?;
             return Ok(i32::from(!all));
         }
         ClusterCommand::Down => clean::remove(cluster::ID)?,
