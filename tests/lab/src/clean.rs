@@ -7,11 +7,15 @@ use std::fs;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::sh::run;
 use crate::{cgroup, netns};
+
+/// From a lab's first folder to its guard, at most.
+const BIRTH: Duration = Duration::from_secs(10);
 
 /// The folder of all labs.
 pub fn base() -> PathBuf {
@@ -62,9 +66,13 @@ pub fn leftovers(all: bool) -> Result<Vec<String>> {
     Ok(ids.into_iter().filter(|id| all || !is_held(id)).collect())
 }
 
-/// Whether the lab's guard is alive, or the lab was kept on purpose.
+/// Whether the lab's guard is alive, the lab was kept on purpose, or it is only just being made.
 fn is_held(id: &str) -> bool {
-    let Ok(pid) = fs::read_to_string(base().join(id).join("guard")) else { return false };
+    let dir = base().join(id);
+    let Ok(pid) = fs::read_to_string(dir.join("guard")) else {
+        let changed = fs::metadata(dir).and_then(|data| data.modified()).ok();
+        return changed.and_then(|time| time.elapsed().ok()).is_some_and(|age| age < BIRTH);
+    };
     let command = fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
     pid.trim() == "kept" || String::from_utf8_lossy(&command).contains("guard")
 }

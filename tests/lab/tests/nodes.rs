@@ -129,3 +129,29 @@ fn nothing_is_left_after_the_owner_was_killed() {
     })
     .unwrap();
 }
+
+#[test]
+fn clean_removes_what_is_left_when_the_guard_was_killed_too() {
+    let quiet = std::process::Stdio::null;
+    let mut owner = std::process::Command::new(env!("CARGO_BIN_EXE_keelway-lab"))
+        .args(["lab", "1", "--bare", "--id", "gkilled"])
+        .stdin(quiet())
+        .stdout(quiet())
+        .spawn()
+        .unwrap();
+    let dir = clean::base().join("gkilled");
+    wait_for("the lab", Duration::from_secs(20), || Ok(fs::read(dir.join("node1/pid1"))?)).unwrap();
+    let kept = Lab::new(0).unwrap();
+    let guard: i32 = fs::read_to_string(dir.join("guard")).unwrap().parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(guard), nix::sys::signal::Signal::SIGKILL).unwrap();
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    assert!(traces("gkilled").len() > 2, "{:?}", traces("gkilled"));
+    // As `keelway-lab clean` does, but for this lab only: other labs of this machine are not this test's.
+    let left = clean::leftovers(false).unwrap();
+    assert!(left.contains(&"gkilled".to_owned()) && !left.contains(&kept.id), "{left:?}");
+    clean::remove("gkilled").unwrap();
+    assert_eq!(traces("gkilled"), Vec::<String>::new());
+    // Once more is no error.
+    clean::remove("gkilled").unwrap();
+}
