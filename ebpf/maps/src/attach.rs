@@ -186,9 +186,9 @@ impl Datapath {
         let mut found = Vec::new();
         for state in self.attachments.states.values() {
             match state.mechanism {
-                Mechanism::Tcx => found.extend(others_on_device(state)),
+                // Filters run after every tcx program; where there is no tcx the kernel does not tell.
+                Mechanism::Tcx | Mechanism::Clsact => found.extend(others_on_device(state)),
                 Mechanism::Cgroup => found.extend(others_on_cgroup(state)),
-                Mechanism::Clsact => {}
             }
         }
         found
@@ -273,7 +273,13 @@ fn others_on_device(state: &HookState) -> Vec<String> {
     let named: Vec<(u32, String)> =
         programs.iter().map(|program| (program.id(), program.name_as_str().unwrap_or("?").to_owned())).collect();
     let place = format!("{}: tcx {}", state.to, if direction == TcAttachType::Ingress { "ingress" } else { "egress" });
-    others_among(&named, state.program_id, &place)
+    match state.mechanism {
+        Mechanism::Clsact => {
+            let shown = |(id, name)| format!("{place} program {name:?} (id {id}) is another's and runs before ours");
+            named.into_iter().map(shown).collect()
+        }
+        _ => others_among(&named, state.program_id, &place),
+    }
 }
 
 fn others_on_cgroup(state: &HookState) -> Vec<String> {
