@@ -230,6 +230,14 @@ fn counters(lab: &Standalone) -> Result<HashMap<u64, (String, u64, u64)>> {
             ids.extend(pinned.filter_map(|entry| entry[if kind == "link" { "prog_id" } else { "id" }].as_u64()));
         }
     }
+    for node in lab.lab.nodes() {
+        // Filters have no pin; nobody else has any on a node's devices.
+        let list: Value = wait_for("bpftool", Duration::from_secs(2), || {
+            Ok(serde_json::from_str(&node.run(&["bpftool", "-j", "net", "show"])?)?)
+        })?;
+        let filters = list.as_array().into_iter().flatten().filter_map(|part| part["tc"].as_array()).flatten();
+        ids.extend(filters.filter_map(|filter| filter["prog_id"].as_u64().or_else(|| filter["id"].as_u64())));
+    }
     let all: Value = wait_for("bpftool", Duration::from_secs(2), || {
         Ok(serde_json::from_str(&sh::run(&["bpftool", "-j", "prog", "show"])?)?)
     })?;
