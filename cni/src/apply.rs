@@ -69,7 +69,8 @@ where
     }
 }
 
-/// Removes the attachment; answers whether its pair was there. Works without the pod's namespace.
+/// Removes the attachment; answers whether its pair was there. Works without the pod's namespace. As [`apply`], for a caller in
+/// the host's namespace.
 ///
 /// # Errors
 /// The kernel's, for anything but absence.
@@ -85,7 +86,7 @@ pub async fn detach(plan: &Plan, host: &Handle) -> Result<bool, KernelError> {
                 host.delete_neighbour(link.index, address).await?;
             }
             Undo::DeleteVeth => {
-                host.delete_link(&plan.host_ifname).await?;
+                Handle::delete_link_apart(&plan.host_ifname).await?;
             }
         }
     }

@@ -146,6 +146,22 @@ impl Handle {
         absent_is_false(self.execute(RouteNetlinkMessage::DelLink(message), 0, || format!("delete link {name}")).await)
     }
 
+    /// As [`Handle::delete_link`], in the calling thread's namespace, over a socket and on a thread of its own: the kernel works
+    /// on a request while it is being sent, and for a device that goes it waits for grace periods of RCU, tens of
+    /// milliseconds in which nothing else of this socket and thread would go on. Several at once wait together.
+    ///
+    /// # Errors
+    /// [`Error::BadName`], [`Error::Io`] when there is no socket or thread; the kernel's.
+    pub async fn delete_link_apart(name: &str) -> Result<bool> {
+        let name = name.to_owned();
+        let io = |source| Error::io("delete a link on a thread of its own", source);
+        let apart = tokio::task::spawn_blocking(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(io)?;
+            runtime.block_on(async { Self::open()?.delete_link(&name).await })
+        });
+        apart.await.unwrap_or_else(|error| Err(io(std::io::Error::other(error))))
+    }
+
     /// Sets the link up or down.
     ///
     /// # Errors
