@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
-/// Hands out numbers from 1, each time the next free one after the last: a packet that still holds a number which was just
+/// The last number: the bit above it tells member entries of SLOTS from slots.
+pub const LAST: u32 = 0x7fff_ffff;
+
+/// Hands out numbers from 1 to [`LAST`], each time the next free one after the last: a packet that still holds a number which was just
 /// released must not find it given to something else.
 #[derive(Clone, Debug, Default)]
 pub struct Ids {
@@ -20,7 +23,7 @@ impl Ids {
     /// The next free number. Tables are far smaller than the range, so there always is one.
     pub fn next(&mut self) -> u32 {
         loop {
-            self.last = self.last.checked_add(1).unwrap_or(1);
+            self.last = if self.last >= LAST { 1 } else { self.last + 1 };
             if self.used.insert(self.last) {
                 return self.last;
             }

@@ -12,6 +12,7 @@
 //! - [`endpoints`] says which endpoints serve: kube-proxy's rules on readiness, termination, traffic policy and hints.
 //! - [`Tables`] mirrors the kernel's maps. It numbers frontends and backends, and turns a [`Change`] into [`Op`]s such that
 //!   a packet between any two of them sees a valid table.
+//! - [`HealthCheck`]s come from [`Model::health_checks`], addresses that two Services want from [`Tables::conflicts`].
 //! - [`mod@reference`] is the executable specification: packet and objects in, the set of allowed backends out.
 //! - [`Simulated`] is the maps in memory, for tests and for `why`.
 //!
@@ -23,9 +24,12 @@
 
 pub mod endpoints;
 mod frontends;
+mod health;
 mod ids;
+pub mod maglev;
 pub mod model;
 mod op;
+mod put;
 pub mod reference;
 mod restore;
 mod simulated;
@@ -33,9 +37,10 @@ mod slots;
 mod tables;
 mod tracker;
 
-pub use frontends::{FrontendKind, Wanted};
+pub use frontends::{Backends, Choice, FrontendKind, Wanted};
+pub use health::HealthCheck;
 pub use model::ObjectName;
-pub use op::{Backend, Dump, Frontend, FrontendKey, Op, SlotKey, flags};
-pub use simulated::{Simulated, Verdict};
-pub use tables::{Limits, Table, TableFull, Tables};
+pub use op::{Backend, Dump, Frontend, FrontendKey, Op, Origin, SlotKey, flags};
+pub use simulated::{Forward, Packet, Place, Simulated, Verdict};
+pub use tables::{Conflict, Limits, Table, TableFull, Tables};
 pub use tracker::{Change, Model, NodeInfo};

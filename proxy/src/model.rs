@@ -2,8 +2,10 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 /// Namespace and name of an object.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectName {
     /// The namespace.
     pub namespace: String,
@@ -16,11 +18,24 @@ impl ObjectName {
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
+
+    /// Owns the entries of this node's addresses. No object has an empty name.
+    pub fn this_node() -> Self {
+        Self::default()
+    }
+
+    /// Whether it is [`this_node`](Self::this_node).
+    pub fn is_this_node(&self) -> bool {
+        self.name.is_empty()
+    }
 }
 
 impl std::fmt::Display for ObjectName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+        match self.is_this_node() {
+            true => f.write_str("this node's addresses"),
+            false => write!(f, "{}/{}", self.namespace, self.name),
+        }
     }
 }
 
@@ -70,6 +85,17 @@ pub enum TrafficPolicy {
     Local,
 }
 
+/// How a connection's backend is picked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadBalancing {
+    /// At random.
+    #[default]
+    Random,
+    /// By the flow's hash over a Maglev table, alike on every node: connections from outside survive that their packets
+    /// arrive at another node.
+    Maglev,
+}
+
 /// One entry of `spec.ports`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
@@ -85,7 +111,7 @@ pub struct ServicePort {
 
 /// A Service. Services that no proxy serves (headless, ExternalName, labelled for another proxy) are to be kept out by
 /// [`Service::is_served`], not by the source.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Service {
     /// Which one.
     pub name: ObjectName,
@@ -105,6 +131,14 @@ pub struct Service {
     pub internal_traffic_policy: TrafficPolicy,
     /// `spec.externalTrafficPolicy`.
     pub external_traffic_policy: TrafficPolicy,
+    /// `spec.loadBalancerSourceRanges`: who may use the load balancer's addresses. `None` without any: everybody.
+    pub source_ranges: Option<Vec<IpNet>>,
+    /// `spec.healthCheckNodePort`; 0 without.
+    pub health_check_node_port: u16,
+    /// The annotation `keelway.dev/load-balancing`.
+    pub load_balancing: LoadBalancing,
+    /// What of the object is wrong and therefore not in force, in words.
+    pub problems: Vec<String>,
     /// The label `service.kubernetes.io/service-proxy-name` is set: not ours.
     pub other_proxy: bool,
     /// The label `service.kubernetes.io/headless` is set.
@@ -123,7 +157,7 @@ pub struct EndpointPort {
 }
 
 /// One endpoint of a slice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SliceEndpoint {
     /// Its addresses; the first counts, as in kube-proxy.
     pub addresses: Vec<IpAddr>,
@@ -163,5 +197,11 @@ impl Service {
             && !self.headless_label
             && self.service_type != ServiceType::ExternalName
             && !self.cluster_ips.is_empty()
+    }
+
+    /// Whether it is served in a family: it has a cluster IP there. What else it has of a family depends on that, as in
+    /// kube-proxy.
+    pub fn has_family(&self, ipv6: bool) -> bool {
+        self.cluster_ips.iter().any(|addr| addr.to_canonical().is_ipv6() == ipv6)
     }
 }

@@ -1,14 +1,28 @@
 //! What the kernel's Service tables hold, and the single writes that change them.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
 
 use crate::model::Protocol;
 
-/// Key of a frontend: an address and port that clients connect to.
+/// Which clients an entry is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Origin {
+    /// All; with [`flags::OUTSIDE_DIFFERS`], the cluster's pods and this node's processes.
+    #[default]
+    Anyone = 0,
+    /// Those outside of the cluster.
+    Outside = 1,
+}
+
+/// Key of a frontend: an address and port that clients connect to. The datapath looks it up so:
 ///
-/// `proto` 0 with `port` 0 stands for every port of `addr` that no other frontend names: the datapath looks it up second,
-/// and refuses (see [`flags::ANY_PORT`]).
+/// 1. `addr`, `port`, `proto` for [`Origin::Anyone`]. If there is none, [`any_port`](Self::any_port) of `addr`: with
+///    [`flags::NODE_ADDRESS`] the answer is [`node_port`](Self::node_port), with [`flags::ANY_PORT`] to refuse.
+/// 2. For a client outside of the cluster and with [`flags::OUTSIDE_DIFFERS`], the same key for [`Origin::Outside`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontendKey {
     /// The Service's address, never IPv4-mapped.
@@ -17,17 +31,30 @@ pub struct FrontendKey {
     pub port: u16,
     /// IANA protocol number.
     pub proto: u8,
+    /// For whom.
+    pub from: Origin,
 }
 
 impl FrontendKey {
     /// A frontend for one port.
     pub fn new(addr: IpAddr, port: u16, protocol: Protocol) -> Self {
-        Self { addr: addr.to_canonical(), port, proto: protocol.number() }
+        Self { addr: addr.to_canonical(), port, proto: protocol.number(), from: Origin::Anyone }
     }
 
     /// The entry for all other ports of an address.
     pub fn any_port(addr: IpAddr) -> Self {
-        Self { addr: addr.to_canonical(), port: 0, proto: 0 }
+        Self { addr: addr.to_canonical(), port: 0, proto: 0, from: Origin::Anyone }
+    }
+
+    /// A node port on all of the node's addresses of a family: the family's unspecified address.
+    pub fn node_port(ipv6: bool, port: u16, protocol: Protocol) -> Self {
+        let addr: IpAddr = if ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+        Self::new(addr, port, protocol)
+    }
+
+    /// The same address and port for other clients.
+    pub fn seen_from(self, from: Origin) -> Self {
+        Self { from, ..self }
     }
 
     /// Whether this is an [`any_port`](Self::any_port) key.
@@ -38,22 +65,37 @@ impl FrontendKey {
 
 impl fmt::Display for FrontendKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} port {} protocol {}", self.addr, self.port, self.proto)
+        write!(f, "{} port {} protocol {}", self.addr, self.port, self.proto)?;
+        if self.from == Origin::Outside { f.write_str(" from outside") } else { Ok(()) }
     }
 }
 
 /// Bits of [`Frontend::flags`].
 pub mod flags {
-    /// Stands for every port that the address does not serve; has no slots, no reverse entry and id 0.
+    /// Stands for every port that the address does not serve; has no slots and id 0.
     pub const ANY_PORT: u32 = 1;
     /// With no backend, drop instead of refusing: a Local traffic policy with endpoints on other nodes only.
     pub const DROP_WHEN_EMPTY: u32 = 2;
+    /// On an any-port key: an address of this node, where node ports answer. Has no slots and id 0.
+    pub const NODE_ADDRESS: u32 = 4;
+    /// With `NODE_ADDRESS`: for processes of the host's own network namespace only (loopback).
+    pub const HOST_ONLY: u32 = 8;
+    /// Clients outside of the cluster have an entry of their own.
+    pub const OUTSIDE_DIFFERS: u32 = 16;
+    /// Only clients in the frontend's source ranges may; others are dropped.
+    pub const SOURCE_RANGES: u32 = 32;
+    /// A node port, which no process of the host may bind.
+    pub const NODE_PORT: u32 = 64;
+    /// Slots hold a Maglev table: the flow's hash picks.
+    pub const HASHED: u32 = 128;
+    /// The client's address is to reach the backend.
+    pub const KEEP_SOURCE: u32 = 256;
 }
 
 /// Value of a frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frontend {
-    /// Names its slots and its reverse entry; from 1 (0 only with [`flags::ANY_PORT`]).
+    /// Names its slots, members and source ranges; from 1 (0 only for any-port keys), below 2³¹.
     pub id: u32,
     /// Slots 0 to `count - 1` are valid; 0 means refuse (or drop, see [`flags::DROP_WHEN_EMPTY`]).
     pub count: u32,
@@ -95,12 +137,14 @@ impl fmt::Display for Backend {
 /// it was deleted finds nothing, and should pick again; ids are not reused soon, so it never finds another Service's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// BACKENDS\[id\] = backend. Ids start at 1; an existing id is never given another backend.
+    /// BACKENDS\[id\] = backend. Ids start at 1; an existing id is never given another backend, only its flag changes.
     PutBackend {
         /// Backend id.
         id: u32,
         /// Value.
         backend: Backend,
+        /// No slot names it, its Service still knows it: what it has goes on, nothing new comes.
+        draining: bool,
     },
     /// SLOTS\[key\] = backend id.
     PutSlot {
@@ -109,12 +153,36 @@ pub enum Op {
         /// Backend id.
         backend: u32,
     },
-    /// REVNAT\[frontend id\] = the frontend's address and port.
-    PutRevNat {
+    /// The slot that holds a backend of a frontend with affinity. A look-up checks that the slot still names the backend, so
+    /// the entry may be behind its slot for a moment.
+    PutMember {
         /// Frontend id.
         frontend: u32,
-        /// What replies are to come from.
-        key: FrontendKey,
+        /// Backend id.
+        backend: u32,
+        /// Slot number.
+        slot: u32,
+    },
+    /// Removes that.
+    DeleteMember {
+        /// Frontend id.
+        frontend: u32,
+        /// Backend id.
+        backend: u32,
+    },
+    /// Clients of a frontend with [`flags::SOURCE_RANGES`].
+    PutSourceRange {
+        /// Frontend id.
+        frontend: u32,
+        /// Who may.
+        net: IpNet,
+    },
+    /// Removes that.
+    DeleteSourceRange {
+        /// Frontend id.
+        frontend: u32,
+        /// Who may no longer.
+        net: IpNet,
     },
     /// FRONTENDS\[key\] = frontend.
     PutFrontend {
@@ -127,11 +195,6 @@ pub enum Op {
     DeleteFrontend {
         /// Key.
         key: FrontendKey,
-    },
-    /// Removes a reverse entry.
-    DeleteRevNat {
-        /// Frontend id.
-        frontend: u32,
     },
     /// Removes a slot.
     DeleteSlot {
@@ -152,8 +215,10 @@ pub struct Dump {
     pub frontends: Vec<(FrontendKey, Frontend)>,
     /// SLOTS.
     pub slots: Vec<(SlotKey, u32)>,
-    /// BACKENDS.
-    pub backends: Vec<(u32, Backend)>,
-    /// REVNAT.
-    pub revnat: Vec<(u32, FrontendKey)>,
+    /// BACKENDS, with whether each is draining.
+    pub backends: Vec<(u32, Backend, bool)>,
+    /// Frontend id and backend id to slot.
+    pub members: Vec<((u32, u32), u32)>,
+    /// Frontend ids and who may.
+    pub source_ranges: Vec<(u32, IpNet)>,
 }

@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::op::{Dump, FrontendKey, Op, SlotKey};
+use ipnet::IpNet;
+
+use crate::ids;
+use crate::op::{Dump, Frontend, FrontendKey, Op, Origin, SlotKey};
 use crate::tables::{BackendState, Limits, State, TableFull, Tables};
 use crate::tracker::Change;
 
@@ -18,15 +21,17 @@ impl Tables {
         tables.load(dump);
         let keys: BTreeSet<FrontendKey> = wanted.iter().flat_map(|change| change.frontends.keys()).copied().collect();
         tables.delete_unwanted(dump, &keys, &mut ops);
-        tables.repair_revnat(dump, &mut ops);
+        tables.found_idle = tables.idle.clone();
 
+        // Who wins what is decided before anything is written: no frontend passes through a loser's hands.
+        wanted.iter().for_each(|change| tables.claim(change));
         let mut postponed = Vec::new();
         for change in wanted {
             if tables.apply_keeping_idle(change, &mut ops).is_err() {
                 postponed.push(change);
             }
         }
-        tables.delete_idle(&mut ops);
+        tables.settle_idle(&mut ops);
         // By now others have shrunk and what nobody wants has gone.
         let mut errors = Vec::new();
         for change in postponed {
@@ -34,31 +39,34 @@ impl Tables {
                 tables.hold(change);
                 errors.push(error);
             }
-            tables.delete_idle(&mut ops);
+            tables.settle_idle(&mut ops);
         }
+        tables.found_idle.clear();
+        tables.sweep(dump, &mut ops);
         (tables, ops, errors)
     }
 
     fn load(&mut self, dump: &Dump) {
-        for (id, backend) in &dump.backends {
+        for (id, backend, draining) in &dump.backends {
             self.backend_ids.take(*id);
-            self.backends.insert(*id, BackendState { backend: *backend, refs: 0 });
+            let state = BackendState { backend: *backend, refs: 0, held: 0, draining: *draining };
+            self.backends.insert(*id, state);
             self.idle.insert(*id);
             if *id != 0 {
                 self.backend_numbers.entry(*backend).or_insert(*id);
             }
         }
         let slots: BTreeMap<SlotKey, u32> = dump.slots.iter().copied().collect();
-        let mut ids = BTreeSet::new();
+        let mut states: BTreeMap<u32, (FrontendKey, State)> = BTreeMap::new();
         for (key, value) in &dump.frontends {
             if key.is_any_port() {
                 if value.id == 0 {
-                    self.frontends.insert(*key, State { value: *value, slots: Vec::new() });
+                    self.frontends.insert(*key, state(*value, Vec::new()));
                 }
                 continue;
             }
             // An id that two frontends have, or none, is nothing to build on: the frontend is made again.
-            if value.id == 0 || !ids.insert(value.id) {
+            if value.id == 0 || value.id > ids::LAST || states.contains_key(&value.id) {
                 continue;
             }
             self.frontend_ids.take(value.id);
@@ -68,64 +76,93 @@ impl Tables {
             // A count that the slots do not bear out is cut where they end.
             let present: Vec<u32> =
                 (0..value.count).map_while(found).map(|id| if usable(&id) { id } else { 0 }).collect();
-            for id in &present {
-                if let Some(state) = self.backends.get_mut(id) {
-                    state.refs += 1;
-                    self.idle.remove(id);
-                }
+            states.insert(value.id, (*key, state(*value, present)));
+        }
+        for ((frontend, backend), slot) in &dump.members {
+            if let Some((_, state)) = states.get_mut(frontend) {
+                state.members.insert(*backend, *slot);
             }
-            self.slot_total += present.len();
-            self.frontends.insert(*key, State { value: *value, slots: present });
+        }
+        for (frontend, net) in &dump.source_ranges {
+            if let Some((_, state)) = states.get_mut(frontend) {
+                state.ranges.push(*net);
+            }
+        }
+        for (key, state) in states.into_values() {
+            for id in state.distinct() {
+                self.refer(id, 1, 0);
+            }
+            self.slot_total += state.slots.len() + state.members.len();
+            self.range_total += state.ranges.len();
+            self.frontends.insert(key, state);
         }
     }
 
-    /// Deletes frontends that nobody wants, then slots and reverse entries that belong to no frontend.
+    /// Deletes frontends that nobody wants, then what belongs to no frontend. An entry for clients outside stays for as long
+    /// as another may lead to it.
     fn delete_unwanted(&mut self, dump: &Dump, wanted: &BTreeSet<FrontendKey>, ops: &mut Vec<Op>) {
-        let mut deleted = BTreeSet::new();
-        for (key, _) in dump.frontends.iter().filter(|(key, _)| !wanted.contains(key)) {
-            match self.frontends.contains_key(key) {
-                true => self.remove(key, &mut *ops),
-                false => ops.push(Op::DeleteFrontend { key: *key }),
+        let unwanted = dump.frontends.iter().filter(|(key, _)| !wanted.contains(&key.seen_from(Origin::Anyone)));
+        for (key, _) in unwanted {
+            if self.frontends.contains_key(key) {
+                self.remove(key, ops);
             }
         }
-        for op in ops.iter() {
-            if let Op::DeleteSlot { key } = op {
-                deleted.insert(*key);
-            }
-        }
-        let counts: BTreeMap<u32, usize> = self
-            .frontends
-            .values()
-            .map(|state| (state.value.id, state.slots.len()))
-            .filter(|(id, _)| *id != 0)
-            .collect();
-        for (key, _) in &dump.slots {
-            let in_use = counts.get(&key.frontend).is_some_and(|count| (key.slot as usize) < *count);
-            if !in_use && !deleted.contains(key) {
-                ops.push(Op::DeleteSlot { key: *key });
-            }
-        }
-        let reverse: BTreeSet<u32> = ops
-            .iter()
-            .filter_map(|op| if let Op::DeleteRevNat { frontend } = op { Some(*frontend) } else { None })
-            .collect();
-        for (id, _) in dump.revnat.iter().filter(|(id, _)| !counts.contains_key(id) && !reverse.contains(id)) {
-            ops.push(Op::DeleteRevNat { frontend: *id });
-        }
-    }
-
-    fn repair_revnat(&self, dump: &Dump, ops: &mut Vec<Op>) {
-        let reverse: BTreeMap<u32, FrontendKey> = dump.revnat.iter().copied().collect();
-        for (key, state) in self.frontends.iter().filter(|(key, _)| !key.is_any_port()) {
-            if reverse.get(&state.value.id) != Some(key) {
-                ops.push(Op::PutRevNat { frontend: state.value.id, key: *key });
-            }
-        }
+        let owned: BTreeMap<u32, u32> =
+            self.frontends.values().map(|state| (state.value.id, state.slots.len() as u32)).collect();
+        let is_owned = |id: &u32| *id != 0 && owned.contains_key(id);
+        let done = Deleted::by(ops);
+        let slots = dump.slots.iter().map(|(key, _)| *key).filter(|key| {
+            let in_use = is_owned(&key.frontend) && key.slot < owned[&key.frontend];
+            !in_use && !done.slots.contains(key)
+        });
+        ops.extend(slots.map(|key| Op::DeleteSlot { key }));
+        let members = dump.members.iter().map(|(key, _)| *key);
+        let members = members.filter(|member| !is_owned(&member.0) && !done.members.contains(member));
+        ops.extend(members.map(|(frontend, backend)| Op::DeleteMember { frontend, backend }));
+        let ranges = dump.source_ranges.iter().filter(|range| !is_owned(&range.0) && !done.ranges.contains(range));
+        ops.extend(ranges.map(|(frontend, net)| Op::DeleteSourceRange { frontend: *frontend, net: *net }));
     }
 
     /// Notes that a Service which did not fit owns what it already had, so that its deletion finds it.
     fn hold(&mut self, change: &Change) {
+        self.claim(&Change { service: change.service.clone(), frontends: BTreeMap::new() });
         let had = change.frontends.keys().filter(|key| self.frontends.contains_key(key)).copied();
         self.services.insert(change.service.clone(), had.collect());
     }
+
+    /// Deletes frontends that were nothing to build on and that nobody has made again.
+    fn sweep(&self, dump: &Dump, ops: &mut Vec<Op>) {
+        let strays = dump.frontends.iter().map(|(key, _)| *key).filter(|key| !self.frontends.contains_key(key));
+        let done = Deleted::by(ops);
+        ops.extend(strays.filter(|key| !done.frontends.contains(key)).map(|key| Op::DeleteFrontend { key }));
+    }
+}
+
+/// What a list of writes deletes.
+#[derive(Default)]
+struct Deleted {
+    frontends: BTreeSet<FrontendKey>,
+    slots: BTreeSet<SlotKey>,
+    members: BTreeSet<(u32, u32)>,
+    ranges: BTreeSet<(u32, IpNet)>,
+}
+
+impl Deleted {
+    fn by(ops: &[Op]) -> Self {
+        let mut deleted = Self::default();
+        for op in ops {
+            _ = match *op {
+                Op::DeleteFrontend { key } => deleted.frontends.insert(key),
+                Op::DeleteSlot { key } => deleted.slots.insert(key),
+                Op::DeleteMember { frontend, backend } => deleted.members.insert((frontend, backend)),
+                Op::DeleteSourceRange { frontend, net } => deleted.ranges.insert((frontend, net)),
+                _ => false,
+            };
+        }
+        deleted
+    }
+}
+
+fn state(value: Frontend, slots: Vec<u32>) -> State {
+    State { value, slots, members: BTreeMap::new(), ranges: Vec::new(), draining: Vec::new(), computed: false }
 }

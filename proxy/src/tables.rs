@@ -1,23 +1,31 @@
-//! The mirror of the kernel's maps: gives numbers, and turns a Service's change into ordered writes.
+//! The mirror of the kernel's maps: who claims which frontend, what a change makes of it, and whether that fits.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use crate::frontends::{FrontendKind, Wanted};
+use ipnet::IpNet;
+
+use crate::frontends::{Choice, FrontendKind, Wanted};
 use crate::ids::Ids;
+use crate::maglev;
 use crate::model::ObjectName;
-use crate::op::{Backend, Frontend, FrontendKey, Op, SlotKey};
-use crate::slots::{Fill, fill};
+use crate::op::{Backend, Frontend, FrontendKey, Op, Origin, flags};
+use crate::put::Phases;
 use crate::tracker::Change;
 
 /// How many entries each kernel map can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// FRONTENDS (REVNAT is as large).
+    /// FRONTENDS.
     pub frontends: usize,
     /// SLOTS.
     pub slots: usize,
     /// BACKENDS.
     pub backends: usize,
+    /// SOURCE_RANGES.
+    pub source_ranges: usize,
+    /// Sizes of tables that are picked from by hash, rising: [`maglev::SIZES`].
+    pub maglev: &'static [usize],
 }
 
 /// A kernel map of this crate.
@@ -25,10 +33,12 @@ pub struct Limits {
 pub enum Table {
     /// Address and port to frontend.
     Frontends,
-    /// Frontend and slot to backend id.
+    /// Frontend and slot to backend id, and back for frontends with affinity.
     Slots,
     /// Backend id to address and port.
     Backends,
+    /// Who may use which frontend.
+    SourceRanges,
 }
 
 /// A change that does not fit; nothing of it is applied, and the Service stays as it was.
@@ -45,23 +55,69 @@ pub struct TableFull {
     pub service: ObjectName,
 }
 
+/// Two Services want one frontend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    /// Which.
+    pub key: FrontendKey,
+    /// Who has it.
+    pub winner: ObjectName,
+    /// Who does not, and what it would have been.
+    pub losers: Vec<(ObjectName, FrontendKind)>,
+}
+
 /// A frontend as the kernel has it.
 #[derive(Clone, Debug)]
 pub(crate) struct State {
     pub value: Frontend,
     /// Backend ids by slot. 0 stands for one that has to be written again (seen only after a restart).
     pub slots: Vec<u32>,
+    /// Slots by backend id; empty without affinity.
+    pub members: BTreeMap<u32, u32>,
+    /// Who may, if not everybody; sorted.
+    pub ranges: Vec<IpNet>,
+    /// Backends that were in the slots and are still known.
+    pub draining: Vec<u32>,
+    /// The slots were worked out here, not read back.
+    pub computed: bool,
+}
+
+impl State {
+    /// The backends in the slots, each once.
+    pub fn distinct(&self) -> Vec<u32> {
+        let mut ids: Vec<u32> = self.slots.iter().copied().filter(|id| *id != 0).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
 }
 
 #[derive(Clone, Debug)]
 pub(crate) struct BackendState {
     pub backend: Backend,
-    /// Slots that name it.
-    pub refs: usize,
+    /// Frontends whose slots name it.
+    pub refs: u32,
+    /// Frontends for which it drains.
+    pub held: u32,
+    /// What the kernel's flag says.
+    pub draining: bool,
 }
 
-/// Who wants a frontend; the first is the one that gets it.
-type Claims = BTreeMap<(FrontendKind, ObjectName), Wanted>;
+/// One wish for a frontend.
+#[derive(Clone, Debug)]
+pub(crate) struct Claim {
+    pub kind: FrontendKind,
+    pub service: ObjectName,
+    pub wanted: Wanted,
+}
+
+/// What one key is to become.
+pub(crate) struct Target {
+    /// `None` removes it.
+    pub wanted: Option<Wanted>,
+    /// It goes from one Service to another: clients change over at once instead of slot by slot.
+    pub passes: bool,
+}
 
 /// Mirrors the kernel's maps and numbers what is in them.
 #[derive(Clone, Debug)]
@@ -70,17 +126,19 @@ pub struct Tables {
     pub(crate) frontends: BTreeMap<FrontendKey, State>,
     pub(crate) frontend_ids: Ids,
     pub(crate) slot_total: usize,
+    pub(crate) range_total: usize,
     pub(crate) backends: BTreeMap<u32, BackendState>,
     pub(crate) backend_numbers: BTreeMap<Backend, u32>,
     pub(crate) backend_ids: Ids,
-    /// Backends without a slot, to be deleted at the end of the change.
+    /// Backends without a slot, to be deleted or flagged at the end of the change.
     pub(crate) idle: BTreeSet<u32>,
-    pub(crate) claims: BTreeMap<FrontendKey, Claims>,
-    pub(crate) services: BTreeMap<ObjectName, BTreeSet<FrontendKey>>,
+    /// While restoring: backends that no slot named. A frontend that knows one drains it.
+    pub(crate) found_idle: BTreeSet<u32>,
+    /// By key, the first is the one that gets it.
+    pub(crate) claims: BTreeMap<FrontendKey, Vec<Claim>>,
+    contested: BTreeSet<FrontendKey>,
+    pub(crate) services: BTreeMap<ObjectName, Box<[FrontendKey]>>,
 }
-
-/// What one key is to become; `None` removes it.
-type Targets = BTreeMap<FrontendKey, Option<Wanted>>;
 
 impl Tables {
     /// For empty maps.
@@ -90,11 +148,14 @@ impl Tables {
             frontends: BTreeMap::new(),
             frontend_ids: Ids::default(),
             slot_total: 0,
+            range_total: 0,
             backends: BTreeMap::new(),
             backend_numbers: BTreeMap::new(),
             backend_ids: Ids::default(),
             idle: BTreeSet::new(),
+            found_idle: BTreeSet::new(),
             claims: BTreeMap::new(),
+            contested: BTreeSet::new(),
             services: BTreeMap::new(),
         }
     }
@@ -103,21 +164,32 @@ impl Tables {
     pub fn apply(&mut self, change: &Change) -> Result<Vec<Op>, TableFull> {
         let mut ops = Vec::new();
         self.apply_keeping_idle(change, &mut ops)?;
-        self.delete_idle(&mut ops);
+        self.settle_idle(&mut ops);
         Ok(ops)
     }
 
     /// Which Service a frontend belongs to.
     pub fn owner(&self, key: &FrontendKey) -> Option<&ObjectName> {
-        self.claims.get(key)?.keys().next().map(|(_, service)| service)
+        Some(&self.claims.get(&key.seen_from(Origin::Anyone))?.first()?.service)
+    }
+
+    /// Frontends that more than one Service wants.
+    pub fn conflicts(&self) -> Vec<Conflict> {
+        let conflict = |key: &FrontendKey| {
+            let (winner, losers) = self.claims.get(key)?.split_first()?;
+            let losers = losers.iter().map(|claim| (claim.service.clone(), claim.kind)).collect();
+            Some(Conflict { key: *key, winner: winner.service.clone(), losers })
+        };
+        self.contested.iter().filter_map(conflict).collect()
     }
 
     /// Entries in use and the size, per map.
-    pub fn usage(&self) -> [(Table, usize, usize); 3] {
+    pub fn usage(&self) -> [(Table, usize, usize); 4] {
         [
             (Table::Frontends, self.frontends.len(), self.limits.frontends),
             (Table::Slots, self.slot_total, self.limits.slots),
             (Table::Backends, self.backends.len(), self.limits.backends),
+            (Table::SourceRanges, self.range_total, self.limits.source_ranges),
         ]
     }
 
@@ -126,33 +198,36 @@ impl Tables {
         let targets = self.targets(change);
         self.check_room(change, &targets)?;
         self.claim(change);
-        // What grows or changes in place comes first, what shrinks next, what goes last: a Service that moves from one
-        // frontend to another is never without.
-        let mut shrinking = Vec::new();
+        let mut phases = Phases::default();
         // "Any other port" refuses, so it comes after the ports that are served and goes before them (it sorts first).
         let (any_ports, ports): (Vec<_>, Vec<_>) = targets.iter().partition(|(key, _)| key.is_any_port());
-        for (key, wanted) in ports.into_iter().chain(any_ports) {
-            if let Some(wanted) = wanted {
-                self.put(*key, wanted, ops, &mut shrinking);
+        for (key, target) in ports.into_iter().chain(any_ports) {
+            if let Some(wanted) = &target.wanted {
+                self.put(*key, wanted, target.passes, &mut phases);
             }
         }
-        ops.append(&mut shrinking);
-        for key in targets.iter().filter(|(_, wanted)| wanted.is_none()).map(|(key, _)| key) {
-            self.remove(key, ops);
+        for (key, _) in targets.iter().filter(|(_, target)| target.wanted.is_none()) {
+            self.remove(key, &mut phases.gone);
         }
+        phases.append_to(ops);
         Ok(())
     }
 
     /// What the change makes of every key that the Service had or is to have, other Services' claims considered.
-    fn targets(&self, change: &Change) -> Targets {
+    fn targets(&self, change: &Change) -> BTreeMap<FrontendKey, Target> {
         let had = self.services.get(&change.service).into_iter().flatten();
         let keys: BTreeSet<FrontendKey> = had.chain(change.frontends.keys()).copied().collect();
         let target = |key: &FrontendKey| {
-            let others = self.claims.get(key).into_iter().flatten();
-            let others = others.filter(|((_, service), _)| *service != change.service);
+            let claims = self.claims.get(key).map(Vec::as_slice).unwrap_or_default();
+            let other = claims.iter().find(|claim| claim.service != change.service);
+            let other = other.map(|claim| (claim.kind, &claim.service, &claim.wanted));
             let own = change.frontends.get(key).map(|wanted| (wanted.kind, &change.service, wanted));
-            let first = others.map(|((kind, service), wanted)| (*kind, service, wanted)).chain(own);
-            first.min_by_key(|(kind, service, _)| (*kind, *service)).map(|(_, _, wanted)| self.keep_last(key, wanted))
+            let next = other.into_iter().chain(own).min_by_key(|(kind, service, _)| (*kind, *service));
+            let passes = match (claims.first(), &next) {
+                (Some(now), Some((kind, service, _))) => (now.kind, &now.service) != (*kind, *service),
+                _ => false,
+            };
+            Target { wanted: next.map(|(_, _, wanted)| self.keep_last(key, wanted)), passes }
         };
         keys.iter().map(|key| (*key, target(key))).collect()
     }
@@ -160,28 +235,58 @@ impl Tables {
     /// Honours [`Wanted::keep_last`].
     fn keep_last(&self, key: &FrontendKey, wanted: &Wanted) -> Wanted {
         let mut wanted = wanted.clone();
-        if wanted.keep_last && wanted.backends.is_empty() {
-            let slots = self.frontends.get(key).map(|state| state.slots.as_slice()).unwrap_or_default();
-            wanted.backends = slots.iter().filter_map(|id| Some(self.backends.get(id)?.backend)).collect();
-            wanted.backends.sort_unstable();
-            wanted.backends.dedup();
+        if wanted.keep_last && wanted.anyone.backends.is_empty() {
+            let ids = self.frontends.get(key).map(State::distinct).unwrap_or_default();
+            let mut kept: Vec<Backend> = ids.iter().filter_map(|id| Some(self.backends.get(id)?.backend)).collect();
+            kept.sort_unstable();
+            kept.dedup();
+            wanted.anyone.backends = Arc::from(kept);
         }
         wanted
     }
 
-    fn check_room(&self, change: &Change, targets: &Targets) -> Result<(), TableFull> {
-        let mut frontends = 0;
-        let mut slots = 0;
+    /// The entries of a frontend: the one that another leads to comes first.
+    pub(crate) fn entries<'a>(
+        key: &FrontendKey,
+        wanted: &'a Wanted,
+    ) -> impl Iterator<Item = (FrontendKey, &'a Choice)> {
+        let outside = wanted.outside.as_ref().map(|choice| (key.seen_from(Origin::Outside), choice));
+        outside.into_iter().chain([(*key, &wanted.anyone)])
+    }
+
+    /// How many slots a choice takes.
+    pub(crate) fn slots_of(&self, choice: &Choice) -> usize {
+        let backends = choice.backends.len();
+        if choice.flags & flags::HASHED == 0 { backends } else { maglev::size(self.limits.maglev, backends) }
+    }
+
+    /// Whether an entry cannot become what is wanted step by step, but needs slots of its own under a new id: the meaning of
+    /// its slots changes, or who sees it.
+    pub(crate) fn starts_anew(&self, old: &State, choice: &Choice, passes: bool) -> bool {
+        let changed = (old.value.flags ^ choice.flags) & (flags::HASHED | flags::OUTSIDE_DIFFERS) != 0;
+        let hashed = choice.flags & flags::HASHED != 0;
+        let resized = hashed && ![0, old.slots.len()].contains(&self.slots_of(choice)) && !old.slots.is_empty();
+        old.value.id != 0 && (passes || changed || resized)
+    }
+
+    fn check_room(&self, change: &Change, targets: &BTreeMap<FrontendKey, Target>) -> Result<(), TableFull> {
+        let (mut frontends, mut slots, mut ranges) = (0, 0, 0);
         let mut backends: BTreeSet<Backend> = BTreeSet::new();
-        for (key, wanted) in targets {
-            let Some(wanted) = wanted else { continue };
-            let had = self.frontends.get(key).map(|state| state.slots.len());
-            frontends += usize::from(had.is_none());
-            slots += wanted.backends.len().saturating_sub(had.unwrap_or(0));
-            backends.extend(wanted.backends.iter().copied().filter(|b| !self.backend_numbers.contains_key(b)));
+        for (key, target) in targets {
+            let Some(wanted) = &target.wanted else { continue };
+            for (key, choice) in Self::entries(key, wanted) {
+                let had = self.frontends.get(&key);
+                frontends += usize::from(had.is_none());
+                let kept = had.filter(|old| !self.starts_anew(old, choice, target.passes));
+                let members = if wanted.affinity_seconds > 0 { choice.backends.len() } else { 0 };
+                let (old_slots, old_members) = kept.map_or((0, 0), |old| (old.slots.len(), old.members.len()));
+                slots += self.slots_of(choice).saturating_sub(old_slots) + members.saturating_sub(old_members);
+                let old_ranges = kept.map(|old| old.ranges.as_slice()).unwrap_or_default();
+                ranges += wanted.source_ranges.iter().filter(|net| !old_ranges.contains(net)).count();
+                backends.extend(choice.backends.iter().filter(|b| !self.backend_numbers.contains_key(b)));
+            }
         }
-        let tables = self.usage();
-        for ((table, used, limit), added) in tables.into_iter().zip([frontends, slots, backends.len()]) {
+        for ((table, used, limit), added) in self.usage().into_iter().zip([frontends, slots, backends.len(), ranges]) {
             if added > 0 && used + added > limit {
                 return Err(TableFull { table, limit, needed: used + added, service: change.service.clone() });
             }
@@ -189,117 +294,34 @@ impl Tables {
         Ok(())
     }
 
-    fn claim(&mut self, change: &Change) {
-        for key in self.services.remove(&change.service).unwrap_or_default() {
-            if let Some(claims) = self.claims.get_mut(&key) {
-                claims.retain(|(_, service), _| *service != change.service);
-                if claims.is_empty() {
-                    self.claims.remove(&key);
-                }
+    pub(crate) fn claim(&mut self, change: &Change) {
+        let had = self.services.remove(&change.service).unwrap_or_default();
+        let keys: Box<[FrontendKey]> = change.frontends.keys().copied().collect();
+        for key in &had {
+            if let Some(claims) = self.claims.get_mut(key) {
+                claims.retain(|claim| claim.service != change.service);
             }
         }
         for (key, wanted) in &change.frontends {
-            let claimant = (wanted.kind, change.service.clone());
-            self.claims.entry(*key).or_default().insert(claimant, wanted.clone());
+            let claim = Claim { kind: wanted.kind, service: change.service.clone(), wanted: wanted.clone() };
+            let claims = self.claims.entry(*key).or_insert_with(|| Vec::with_capacity(1));
+            let at = claims.partition_point(|other| (other.kind, &other.service) < (claim.kind, &claim.service));
+            claims.insert(at, claim);
         }
-        if !change.frontends.is_empty() {
-            self.services.insert(change.service.clone(), change.frontends.keys().copied().collect());
-        }
-    }
-
-    fn put(&mut self, key: FrontendKey, wanted: &Wanted, ops: &mut Vec<Op>, shrinking: &mut Vec<Op>) {
-        let ids: Vec<u32> = wanted.backends.iter().map(|backend| self.backend_id(*backend, ops)).collect();
-        let known = self.frontends.remove(&key);
-        let old_value = known.as_ref().map(|state| state.value);
-        let old_slots = known.map(|state| state.slots).unwrap_or_default();
-        let id = match old_value {
-            Some(value) => value.id,
-            None if key.is_any_port() => 0,
-            None => self.frontend_ids.next(),
-        };
-        let Fill { slots, written, moved } = fill(&old_slots, &ids);
-
-        for id in &slots {
-            self.refer(*id);
-        }
-        for id in &old_slots {
-            self.unrefer(*id);
-        }
-        self.slot_total = self.slot_total + slots.len() - old_slots.len();
-
-        let put_slot = |slot: u32, slots: &[u32]| Op::PutSlot {
-            key: SlotKey { frontend: id, slot },
-            backend: slots[slot as usize],
-        };
-        ops.extend(written.iter().map(|slot| put_slot(*slot, &slots)));
-        if old_value.is_none() && !key.is_any_port() {
-            ops.push(Op::PutRevNat { frontend: id, key });
-        }
-        let count = slots.len() as u32;
-        let value = Frontend { id, count, affinity_seconds: wanted.affinity_seconds, flags: wanted.flags };
-        let shrinks = slots.len() < old_slots.len();
-        let later = if shrinks { shrinking } else { ops };
-        later.extend(moved.iter().map(|slot| put_slot(*slot, &slots)));
-        if old_value != Some(value) {
-            later.push(Op::PutFrontend { key, frontend: value });
-        }
-        let gone = count..old_slots.len() as u32;
-        later.extend(gone.rev().map(|slot| Op::DeleteSlot { key: SlotKey { frontend: id, slot } }));
-        self.frontends.insert(key, State { value, slots });
-    }
-
-    /// Removes a frontend with all that is its own.
-    pub(crate) fn remove(&mut self, key: &FrontendKey, ops: &mut Vec<Op>) {
-        let Some(State { value, slots }) = self.frontends.remove(key) else { return };
-        ops.push(Op::DeleteFrontend { key: *key });
-        if key.is_any_port() {
-            return;
-        }
-        ops.push(Op::DeleteRevNat { frontend: value.id });
-        for (slot, backend) in slots.iter().enumerate() {
-            ops.push(Op::DeleteSlot { key: SlotKey { frontend: value.id, slot: slot as u32 } });
-            self.unrefer(*backend);
-        }
-        self.slot_total -= slots.len();
-        self.frontend_ids.release(value.id);
-    }
-
-    fn backend_id(&mut self, backend: Backend, ops: &mut Vec<Op>) -> u32 {
-        if let Some(id) = self.backend_numbers.get(&backend) {
-            return *id;
-        }
-        let id = self.backend_ids.next();
-        self.backend_numbers.insert(backend, id);
-        self.backends.insert(id, BackendState { backend, refs: 0 });
-        ops.push(Op::PutBackend { id, backend });
-        id
-    }
-
-    fn refer(&mut self, id: u32) {
-        if let Some(state) = self.backends.get_mut(&id) {
-            state.refs += 1;
-            self.idle.remove(&id);
-        }
-    }
-
-    fn unrefer(&mut self, id: u32) {
-        if let Some(state) = self.backends.get_mut(&id) {
-            state.refs -= 1;
-            if state.refs == 0 {
-                self.idle.insert(id);
+        for key in had.iter().chain(&keys) {
+            let count = self.claims.get(key).map_or(0, Vec::len);
+            if count == 0 {
+                self.claims.remove(key);
+            }
+            // That two refuse what neither serves is no conflict.
+            if count > 1 && !key.is_any_port() {
+                self.contested.insert(*key);
+            } else {
+                self.contested.remove(key);
             }
         }
-    }
-
-    pub(crate) fn delete_idle(&mut self, ops: &mut Vec<Op>) {
-        for id in std::mem::take(&mut self.idle) {
-            if let Some(state) = self.backends.remove(&id)
-                && self.backend_numbers.get(&state.backend) == Some(&id)
-            {
-                self.backend_numbers.remove(&state.backend);
-            }
-            self.backend_ids.release(id);
-            ops.push(Op::DeleteBackend { id });
+        if !keys.is_empty() {
+            self.services.insert(change.service.clone(), keys);
         }
     }
 }

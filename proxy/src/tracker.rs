@@ -1,26 +1,30 @@
 //! The change tracker: objects in, the Services whose frontends may have changed out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
-use crate::frontends::{Wanted, frontends};
+use crate::frontends::{Wanted, frontends, node_addresses};
+use crate::health::{HealthCheck, health_check};
 use crate::model::{EndpointSlice, ObjectName, Service};
 use crate::op::FrontendKey;
 
-/// This node, as far as topology asks.
+/// This node, as far as Services ask.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeInfo {
     /// Its name.
     pub name: String,
     /// Its label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
+    /// The addresses on which node ports answer. `true`: for processes of the host's network namespace only (loopback).
+    pub addresses: Vec<(IpAddr, bool)>,
 }
 
 /// A Service's frontends after a change; none when it is gone or not ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// Which Service.
+    /// Which Service, or [`ObjectName::this_node`].
     pub service: ObjectName,
-    /// All its frontends.
+    /// All its frontends, by their keys for [`crate::Origin::Anyone`].
     pub frontends: BTreeMap<FrontendKey, Wanted>,
 }
 
@@ -34,26 +38,39 @@ pub struct Model {
     /// The Service that each slice was last filed under.
     filed: BTreeMap<ObjectName, ObjectName>,
     changed: BTreeSet<ObjectName>,
+    health_checks: BTreeMap<ObjectName, HealthCheck>,
+    /// Services of which something is wrong.
+    flawed: BTreeSet<ObjectName>,
 }
 
 impl Model {
     /// An empty model of this node.
     pub fn new(node: NodeInfo) -> Self {
-        Self { node, ..Self::default() }
+        Self { node, changed: BTreeSet::from([ObjectName::this_node()]), ..Self::default() }
     }
 
-    /// The node's zone changed: every Service is worked out again.
+    /// The node's name or zone changed: every Service is worked out again. Addresses matter to Services with source ranges.
     pub fn set_node(&mut self, node: NodeInfo) {
-        if self.node != node {
-            self.node = node;
-            self.changed.extend(self.services.keys().cloned());
+        let moved = (&self.node.name, &self.node.zone) != (&node.name, &node.zone);
+        if self.node.addresses != node.addresses {
+            self.changed.insert(ObjectName::this_node());
+        } else if !moved {
+            return;
         }
+        let concerned = self.services.values().filter(|service| moved || service.source_ranges.is_some());
+        self.changed.extend(concerned.map(|service| service.name.clone()));
+        self.node = node;
     }
 
     /// A Service came or changed.
     pub fn upsert_service(&mut self, service: Service) {
         if self.services.get(&service.name) != Some(&service) {
             self.changed.insert(service.name.clone());
+            if service.problems.is_empty() {
+                self.flawed.remove(&service.name);
+            } else {
+                self.flawed.insert(service.name.clone());
+            }
             self.services.insert(service.name.clone(), service);
         }
     }
@@ -62,6 +79,7 @@ impl Model {
     pub fn delete_service(&mut self, name: &ObjectName) {
         if self.services.remove(name).is_some() {
             self.changed.insert(name.clone());
+            self.flawed.remove(name);
         }
     }
 
@@ -105,10 +123,27 @@ impl Model {
         changes
     }
 
-    /// Every Service, for a resync; forgets pending changes.
+    /// Every Service and this node, for a resync; forgets pending changes.
     pub fn all(&mut self) -> Vec<Change> {
         self.changed.clear();
-        self.services.keys().map(|name| self.change(name.clone())).collect()
+        let names = self.services.keys().cloned().chain([ObjectName::this_node()]);
+        names.collect::<Vec<_>>().into_iter().map(|name| self.change(name)).collect()
+    }
+
+    /// The health checks to answer, as of the last changes taken.
+    pub fn health_checks(&self) -> impl Iterator<Item = &HealthCheck> {
+        self.health_checks.values()
+    }
+
+    /// The Services of which something is wrong and therefore not in force, with what.
+    pub fn problems(&self) -> impl Iterator<Item = (&ObjectName, &[String])> {
+        let flawed = self.flawed.iter().filter_map(|name| self.services.get(name));
+        flawed.map(|service| (&service.name, service.problems.as_slice()))
+    }
+
+    /// A Service as it was last given.
+    pub fn service(&self, name: &ObjectName) -> Option<&Service> {
+        self.services.get(name)
     }
 
     /// How many Services and slices are held.
@@ -121,10 +156,18 @@ impl Model {
         self.services.is_empty()
     }
 
-    fn change(&self, service: ObjectName) -> Change {
+    fn change(&mut self, service: ObjectName) -> Change {
+        if service.is_this_node() {
+            return Change { service, frontends: node_addresses(&self.node) };
+        }
         let none = BTreeMap::new();
         let slices = self.slices.get(&service).unwrap_or(&none);
-        let frontends = self.services.get(&service).map(|s| frontends(s, slices, &self.node)).unwrap_or_default();
+        let object = self.services.get(&service);
+        match object.and_then(|object| health_check(object, slices, &self.node)) {
+            Some(check) => _ = self.health_checks.insert(service.clone(), check),
+            None => _ = self.health_checks.remove(&service),
+        }
+        let frontends = object.map(|object| frontends(object, slices, &self.node)).unwrap_or_default();
         Change { service, frontends }
     }
 }

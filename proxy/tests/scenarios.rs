@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use keelway_proxy::model::{
-    EndpointPort, EndpointSlice, Protocol, Service, ServicePort, ServiceType, SliceEndpoint, TrafficPolicy,
+use keelway_proxy::model::{EndpointPort, EndpointSlice, Protocol, Service, ServicePort, SliceEndpoint, TrafficPolicy};
+use keelway_proxy::{
+    Backend, FrontendKey, Limits, Model, NodeInfo, ObjectName, Op, Packet, Place, Simulated, Table, Tables, Verdict,
+    maglev,
 };
-use keelway_proxy::{Backend, FrontendKey, Limits, Model, NodeInfo, ObjectName, Op, Simulated, Table, Tables, Verdict};
 
-const LIMITS: Limits = Limits { frontends: 4, slots: 5, backends: 4 };
+const LIMITS: Limits = Limits { frontends: 4, slots: 5, backends: 4, source_ranges: 2, maglev: maglev::SIZES };
 
 fn addr(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -17,16 +18,9 @@ fn addr(text: &str) -> IpAddr {
 fn service(namespace: &str, name: &str, ip: &str) -> Service {
     Service {
         name: ObjectName::new(namespace, name),
-        service_type: ServiceType::ClusterIp,
         cluster_ips: vec![addr(ip)],
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
         ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, node_port: 0 }],
-        affinity_seconds: None,
-        internal_traffic_policy: TrafficPolicy::Cluster,
-        external_traffic_policy: TrafficPolicy::Cluster,
-        other_proxy: false,
-        headless_label: false,
+        ..Service::default()
     }
 }
 
@@ -60,7 +54,7 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        let node = NodeInfo { name: "n1".into(), zone: None };
+        let node = NodeInfo { name: "n1".into(), ..NodeInfo::default() };
         Self { model: Model::new(node), tables: Tables::new(LIMITS), kernel: Simulated::default() }
     }
 
@@ -72,9 +66,15 @@ impl Node {
         ops.iter().map(kind).collect()
     }
 
+    /// What a pod meets that dials a TCP port.
+    fn verdict(&self, ip: &str, port: u16) -> Verdict {
+        let packet = Packet { place: Place::Pod, client: addr("10.0.9.9"), addr: addr(ip), port, proto: 6 };
+        self.kernel.verdict(&packet).unwrap()
+    }
+
     fn backends(&self, ip: &str) -> BTreeSet<String> {
-        match self.kernel.verdict(addr(ip), 80, 6).unwrap() {
-            Verdict::Backends(backends) => backends.iter().map(|b: &Backend| b.addr.to_string()).collect(),
+        match self.verdict(ip, 80) {
+            Verdict::Forward(forward) => forward.backends.iter().map(|b: &Backend| b.addr.to_string()).collect(),
             other => BTreeSet::from([format!("{other:?}")]),
         }
     }
@@ -82,14 +82,17 @@ impl Node {
 
 fn kind(op: &Op) -> &'static str {
     match op {
-        Op::PutBackend { .. } => "backend",
+        Op::PutBackend { draining: false, .. } => "backend",
+        Op::PutBackend { draining: true, .. } => "draining",
         Op::PutSlot { .. } => "slot",
-        Op::PutRevNat { .. } => "revnat",
+        Op::PutMember { .. } => "member",
+        Op::PutSourceRange { .. } => "range",
         Op::PutFrontend { key, .. } if key.is_any_port() => "any port",
         Op::PutFrontend { .. } => "frontend",
         Op::DeleteFrontend { key } if key.is_any_port() => "-any port",
         Op::DeleteFrontend { .. } => "-frontend",
-        Op::DeleteRevNat { .. } => "-revnat",
+        Op::DeleteMember { .. } => "-member",
+        Op::DeleteSourceRange { .. } => "-range",
         Op::DeleteSlot { .. } => "-slot",
         Op::DeleteBackend { .. } => "-backend",
     }
@@ -103,10 +106,10 @@ fn set(items: &[&str]) -> BTreeSet<String> {
 fn writes_come_in_the_order_that_keeps_packets_right() {
     let mut node = Node::new();
     node.model.upsert_service(service("ns", "web", "10.96.0.1"));
-    assert_eq!(node.flush(), ["revnat", "frontend", "any port"]);
-    assert_eq!(node.kernel.verdict(addr("10.96.0.1"), 80, 6), Ok(Verdict::Refuse));
-    assert_eq!(node.kernel.verdict(addr("10.96.0.1"), 81, 6), Ok(Verdict::Refuse));
-    assert_eq!(node.kernel.verdict(addr("10.96.0.2"), 80, 6), Ok(Verdict::NotAService));
+    assert_eq!(node.flush(), ["frontend", "any port"]);
+    assert_eq!(node.verdict("10.96.0.1", 80), Verdict::Refuse);
+    assert_eq!(node.verdict("10.96.0.1", 81), Verdict::Refuse);
+    assert_eq!(node.verdict("10.96.0.2", 80), Verdict::NotAService);
 
     node.model.upsert_slice(slice("ns", "web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"]));
     assert_eq!(node.flush(), ["backend", "backend", "backend", "slot", "slot", "slot", "frontend"]);
@@ -127,7 +130,7 @@ fn writes_come_in_the_order_that_keeps_packets_right() {
     assert!(node.flush().is_empty());
 
     node.model.delete_service(&ObjectName::new("ns", "web"));
-    let removal = ["-any port", "-frontend", "-revnat", "-slot", "-slot", "-backend", "-backend"];
+    let removal = ["-any port", "-frontend", "-slot", "-slot", "-backend", "-backend"];
     assert_eq!(node.flush(), removal);
 }
 
@@ -218,7 +221,7 @@ fn restored_numbers_stay_and_strangers_go() {
     node.model.delete_service(&ObjectName::new("ns", "old"));
     let (_, ops, errors) = Tables::restore(LIMITS, &node.kernel.dump(), &node.model.all());
     assert!(errors.is_empty());
-    assert_eq!(ops.iter().map(kind).collect::<Vec<_>>(), ["-any port", "-frontend", "-revnat"]);
+    assert_eq!(ops.iter().map(kind).collect::<Vec<_>>(), ["-any port", "-frontend"]);
     ops.iter().for_each(|op| node.kernel.execute(op));
     assert_eq!(node.kernel.frontends[&key], before);
 }
@@ -231,13 +234,18 @@ fn two_services_with_one_address_are_decided_by_name() {
     node.flush();
     node.model.upsert_service(service("ns", "a", "10.96.0.1"));
     node.model.upsert_slice(slice("ns", "a", &["10.0.0.1"]));
-    assert_eq!(node.flush(), ["backend", "slot", "-backend"]);
+    // It passes to the other at once: under a new id, never with backends of both.
+    assert_eq!(node.flush(), ["backend", "slot", "frontend", "-slot", "-backend"]);
     assert_eq!(node.backends("10.96.0.1"), set(&["10.0.0.1"]));
+    let conflicts = node.tables.conflicts();
+    assert_eq!(conflicts.len(), 1);
+    assert_eq!((conflicts[0].winner.name.as_str(), conflicts[0].losers[0].0.name.as_str()), ("a", "b"));
     let key = FrontendKey::new(addr("10.96.0.1"), 80, Protocol::Tcp);
     assert_eq!(node.tables.owner(&key), Some(&ObjectName::new("ns", "a")));
     node.model.delete_service(&ObjectName::new("ns", "a"));
     node.flush();
     assert_eq!(node.backends("10.96.0.1"), set(&["10.0.0.2"]));
+    assert_eq!(node.tables.conflicts(), []);
 }
 
 #[test]

@@ -25,56 +25,88 @@ pub fn net(addr: Addr, bits: u32) -> Option<IpNet> {
 }
 
 pub fn frontend_key(key: &proxy::FrontendKey) -> layout::FrontendKey {
-    layout::FrontendKey::new(key.addr.into(), Port::new(key.port), key.proto)
+    let from = match key.from {
+        proxy::Origin::Anyone => layout::From::Anyone,
+        proxy::Origin::Outside => layout::From::Outside,
+    };
+    layout::FrontendKey::new(key.addr.into(), Port::new(key.port), key.proto).seen_from(from)
 }
 
 pub fn from_frontend_key(key: &layout::FrontendKey) -> proxy::FrontendKey {
-    proxy::FrontendKey { addr: key.addr().into(), port: key.port().get(), proto: key.proto() }
+    let from = if key.is_outside() { proxy::Origin::Outside } else { proxy::Origin::Anyone };
+    proxy::FrontendKey { addr: key.addr().into(), port: key.port().get(), proto: key.proto(), from }
 }
 
+/// The bits of either side.
+const FRONTEND_FLAGS: [(u32, u32); 9] = {
+    use layout::frontend_flags as to;
+    use proxy::flags as from;
+    [
+        (from::ANY_PORT, to::REFUSE),
+        (from::DROP_WHEN_EMPTY, to::DROP_WHEN_EMPTY),
+        (from::NODE_ADDRESS, to::NODE_ADDRESS),
+        (from::HOST_ONLY, to::HOST_ONLY),
+        (from::OUTSIDE_DIFFERS, to::OUTSIDE_DIFFERS),
+        (from::SOURCE_RANGES, to::SOURCE_RANGES),
+        (from::NODE_PORT, to::NODE_PORT),
+        (from::HASHED, to::HASHED),
+        (from::KEEP_SOURCE, to::KEEP_SOURCE),
+    ]
+};
+
 pub fn frontend(frontend: &proxy::Frontend) -> layout::Frontend {
-    let mut flags = 0;
-    if frontend.flags & proxy::flags::ANY_PORT != 0 {
-        flags |= layout::frontend_flags::REFUSE;
-    }
-    if frontend.flags & proxy::flags::DROP_WHEN_EMPTY != 0 {
-        flags |= layout::frontend_flags::DROP_WHEN_EMPTY;
-    }
+    let set = FRONTEND_FLAGS.iter().filter(|(from, _)| frontend.flags & from != 0);
     layout::Frontend {
         id: frontend.id,
         count: frontend.count,
         affinity_seconds: frontend.affinity_seconds,
-        flags,
+        flags: set.fold(0, |flags, (_, to)| flags | to),
         reserved: [0; 2],
     }
 }
 
 pub fn from_frontend(frontend: &layout::Frontend) -> proxy::Frontend {
-    let mut flags = 0;
-    if frontend.flags & layout::frontend_flags::REFUSE != 0 {
-        flags |= proxy::flags::ANY_PORT;
+    let set = FRONTEND_FLAGS.iter().filter(|(_, to)| frontend.flags & to != 0);
+    proxy::Frontend {
+        id: frontend.id,
+        count: frontend.count,
+        affinity_seconds: frontend.affinity_seconds,
+        flags: set.fold(0, |flags, (from, _)| flags | from),
     }
-    if frontend.flags & layout::frontend_flags::DROP_WHEN_EMPTY != 0 {
-        flags |= proxy::flags::DROP_WHEN_EMPTY;
-    }
-    proxy::Frontend { id: frontend.id, count: frontend.count, affinity_seconds: frontend.affinity_seconds, flags }
 }
 
-pub fn backend(backend: &proxy::Backend) -> layout::Backend {
+pub fn backend(backend: &proxy::Backend, draining: bool) -> layout::Backend {
     layout::Backend {
         addr: backend.addr.into(),
         port: Port::new(backend.port),
         proto: backend.proto,
+        flags: if draining { layout::backend_flags::DRAINING } else { 0 },
         ..layout::Backend::default()
     }
 }
 
-pub fn from_backend(backend: &layout::Backend) -> proxy::Backend {
-    proxy::Backend { addr: backend.addr.into(), port: backend.port.get(), proto: backend.proto }
+/// The backend and whether it is draining.
+pub fn from_backend(backend: &layout::Backend) -> (proxy::Backend, bool) {
+    let draining = backend.flags & layout::backend_flags::DRAINING != 0;
+    (proxy::Backend { addr: backend.addr.into(), port: backend.port.get(), proto: backend.proto }, draining)
 }
 
 pub const fn slot_key(key: &proxy::SlotKey) -> layout::SlotKey {
     layout::SlotKey { frontend: key.frontend, slot: key.slot }
+}
+
+/// Where SLOTS keeps the slot that holds a backend.
+pub const fn member_key(frontend: u32, backend: u32) -> layout::SlotKey {
+    layout::SlotKey { frontend: frontend | layout::MEMBER_BIT, slot: backend }
+}
+
+pub fn source_range_key(frontend: u32, net: IpNet) -> layout::SourceRangeKey {
+    layout::SourceRangeKey::new(frontend, net.network().into(), bits(net))
+}
+
+/// `None` for a key that this agent does not write.
+pub fn from_source_range_key(key: &layout::SourceRangeKey) -> Option<(u32, IpNet)> {
+    Some((key.frontend(), net(key.addr(), key.bits())?))
 }
 
 const fn direction(direction: policy::Direction) -> layout::Direction {

@@ -29,6 +29,7 @@ impl Engine {
                 ProxyTable::Frontends => m::FRONTENDS,
                 ProxyTable::Slots => m::SLOTS,
                 ProxyTable::Backends => m::BACKENDS,
+                ProxyTable::SourceRanges => m::SOURCE_RANGES,
             };
             known.insert(name, used as u64);
         }

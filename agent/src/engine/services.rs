@@ -1,9 +1,10 @@
 //! Services: the model, its mirror of the tables, and the writes.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::SystemTime;
 
-use keelway_layout::maps;
+use keelway_layout::{MEMBER_BIT, maps};
 use keelway_maps::{Table as _, TableError, Tables};
 use keelway_proxy as proxy;
 use keelway_proxy::TableFull;
@@ -18,6 +19,8 @@ const LIMITS: proxy::Limits = proxy::Limits {
     frontends: maps::MAX_FRONTENDS as usize,
     slots: maps::MAX_SLOTS as usize,
     backends: maps::MAX_BACKENDS as usize,
+    source_ranges: maps::MAX_SOURCE_RANGES as usize,
+    maglev: proxy::maglev::SIZES,
 };
 
 /// A Service whose frontends did not fit.
@@ -59,7 +62,7 @@ pub struct Services {
 
 impl Services {
     pub fn new(node_name: &str) -> Self {
-        let node = proxy::NodeInfo { name: node_name.into(), zone: None };
+        let node = proxy::NodeInfo { name: node_name.into(), ..proxy::NodeInfo::default() };
         Self {
             model: proxy::Model::new(node.clone()),
             node,
@@ -71,6 +74,14 @@ impl Services {
 
     pub fn set_zone(&mut self, zone: Option<String>) {
         self.node.zone = zone;
+        self.model.set_node(self.node.clone());
+    }
+
+    /// The addresses on which node ports answer; `true`: for processes of the host's network namespace only.
+    pub fn set_addresses(&mut self, mut addresses: Vec<(IpAddr, bool)>) {
+        addresses.sort_unstable();
+        addresses.dedup();
+        self.node.addresses = addresses;
         self.model.set_node(self.node.clone());
     }
 
@@ -88,7 +99,7 @@ impl Services {
     }
 
     /// Entries in use.
-    pub fn usage(&self) -> Option<[(proxy::Table, usize, usize); 3]> {
+    pub fn usage(&self) -> Option<[(proxy::Table, usize, usize); 4]> {
         self.mirror.as_ref().map(proxy::Tables::usage)
     }
 
@@ -97,14 +108,28 @@ impl Services {
         self.left_out.len()
     }
 
-    /// What does not fit, in words: the first few by name, and how many more there are.
+    /// What is wrong with Services, in words: those that do not fit, the first few by name and how many more there are; parts
+    /// that are not in force; addresses that another Service has.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems: Vec<String> =
-            self.left_out.values().take(PROBLEMS).map(|left_out| left_out.reason.clone()).collect();
-        if self.left_out.len() > PROBLEMS {
-            problems.push(format!("{} more services do not fit", self.left_out.len() - PROBLEMS));
-        }
-        problems
+        let few = |mut all: Vec<String>, what: &str| {
+            let more = all.len().saturating_sub(PROBLEMS);
+            all.truncate(PROBLEMS);
+            all.extend((more > 0).then(|| format!("{more} more services {what}")));
+            all
+        };
+        let left_out = self.left_out.values().map(|left_out| left_out.reason.clone()).collect();
+        let flaws = self.model.problems().map(|(name, problems)| format!("{name}: {}", problems.join("; "))).collect();
+        let conflicts = self.mirror.as_ref().map(proxy::Tables::conflicts).unwrap_or_default();
+        let lost = conflicts.iter().flat_map(|conflict| {
+            let lose = |(loser, _): &(ObjectName, _)| format!("{loser}: {} is {}'s", conflict.key, conflict.winner);
+            conflict.losers.iter().map(lose).collect::<Vec<_>>()
+        });
+        let lists = [
+            few(left_out, "do not fit"),
+            few(flaws, "are not wholly in force"),
+            few(lost.collect(), "want an address that another has"),
+        ];
+        lists.concat()
     }
 
     /// Takes over what the maps hold and brings them to what is wanted.
@@ -159,38 +184,56 @@ fn kernel(error: TableError) -> EngineError {
 }
 
 fn dump(tables: &Tables) -> Result<proxy::Dump, TableError> {
-    Ok(proxy::Dump {
-        frontends: tables
-            .frontends
-            .dump()?
-            .iter()
-            .map(|(key, value)| (convert::from_frontend_key(key), convert::from_frontend(value)))
-            .collect(),
-        slots: tables
-            .slots
-            .dump()?
-            .into_iter()
-            .map(|(key, backend)| (proxy::SlotKey { frontend: key.frontend, slot: key.slot }, backend))
-            .collect(),
-        backends: tables.backends.dump()?.iter().map(|(id, value)| (*id, convert::from_backend(value))).collect(),
-        // Replies are told by what each flow remembers: there is no such map.
-        revnat: Vec::new(),
-    })
+    let mut dump = proxy::Dump::default();
+    let frontends = tables.frontends.dump()?;
+    dump.frontends =
+        frontends.iter().map(|(k, v)| (convert::from_frontend_key(k), convert::from_frontend(v))).collect();
+    for (key, value) in tables.slots.dump()? {
+        if key.frontend & MEMBER_BIT == 0 {
+            dump.slots.push((proxy::SlotKey { frontend: key.frontend, slot: key.slot }, value));
+        } else {
+            dump.members.push(((key.frontend & !MEMBER_BIT, key.slot), value));
+        }
+    }
+    for (id, value) in tables.backends.dump()? {
+        let (backend, draining) = convert::from_backend(&value);
+        dump.backends.push((id, backend, draining));
+    }
+    for (key, _) in tables.source_ranges.dump()? {
+        match convert::from_source_range_key(&key) {
+            Some(range) => dump.source_ranges.push(range),
+            None => tracing::warn!(?key, "a source range of no network"),
+        }
+    }
+    Ok(dump)
 }
 
 fn execute(tables: &mut Tables, ops: &[proxy::Op]) -> Result<(), TableError> {
     use proxy::Op;
     for op in ops {
         match op {
-            Op::PutBackend { id, backend } => tables.backends.put(id, &convert::backend(backend))?,
+            Op::PutBackend { id, backend, draining } => {
+                tables.backends.put(id, &convert::backend(backend, *draining))?;
+            }
             Op::PutSlot { key, backend } => tables.slots.put(&convert::slot_key(key), backend)?,
+            Op::PutMember { frontend, backend, slot } => {
+                tables.slots.put(&convert::member_key(*frontend, *backend), slot)?;
+            }
+            Op::PutSourceRange { frontend, net } => {
+                tables.source_ranges.put(&convert::source_range_key(*frontend, *net), &1)?;
+            }
             Op::PutFrontend { key, frontend } => {
                 tables.frontends.put(&convert::frontend_key(key), &convert::frontend(frontend))?;
             }
             Op::DeleteFrontend { key } => tables.frontends.delete(&convert::frontend_key(key))?,
+            Op::DeleteSourceRange { frontend, net } => {
+                tables.source_ranges.delete(&convert::source_range_key(*frontend, *net))?;
+            }
+            Op::DeleteMember { frontend, backend } => {
+                tables.slots.delete(&convert::member_key(*frontend, *backend))?;
+            }
             Op::DeleteSlot { key } => tables.slots.delete(&convert::slot_key(key))?,
             Op::DeleteBackend { id } => tables.backends.delete(id)?,
-            Op::PutRevNat { .. } | Op::DeleteRevNat { .. } => {}
         }
     }
     Ok(())
@@ -204,7 +247,7 @@ mod tests {
 
     fn small() -> Services {
         let mut services = Services::new("node1");
-        let limits = proxy::Limits { frontends: 100, slots: 100, backends: 4 };
+        let limits = proxy::Limits { frontends: 100, slots: 100, backends: 4, ..LIMITS };
         services.mirror = Some(proxy::Tables::new(limits));
         services
     }
@@ -227,7 +270,7 @@ mod tests {
     }
 
     fn served(services: &Services, number: u8) -> bool {
-        let key = proxy::FrontendKey { addr: [10, 96, 0, number].into(), port: 80, proto: 6 };
+        let key = proxy::FrontendKey::new([10, 96, 0, number].into(), 80, proxy::model::Protocol::Tcp);
         services.mirror.as_ref().unwrap().owner(&key).is_some()
     }
 

@@ -68,10 +68,11 @@ impl Engine {
                 .filter(|hook| !hook.alive)
                 .map(|hook| format!("the program {} is no longer attached to {}", hook.hook.name(), hook.to)),
         );
-        let [(_, frontends, _), _, (_, backends, _)] = self.services.usage().unwrap_or([
+        let [(_, frontends, _), _, (_, backends, _), _] = self.services.usage().unwrap_or([
             (keelway_proxy::Table::Frontends, 0, 0),
             (keelway_proxy::Table::Slots, 0, 0),
             (keelway_proxy::Table::Backends, 0, 0),
+            (keelway_proxy::Table::SourceRanges, 0, 0),
         ]);
         EngineStatus {
             synced: self.is_synced(),

@@ -2,15 +2,17 @@
 
 use std::time::SystemTime;
 
+use ipnet::IpNet;
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
 use k8s_openapi::jiff::Timestamp;
 use keelway_proxy::model;
 
-use super::{ConvertError, Protocol, address, label, name, namespace_of, port, protocol, wrong};
+use super::{ConvertError, Protocol, address, label, name, namespace_of, port, prefix, protocol, wrong};
 
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+const LOAD_BALANCING_ANNOTATION: &str = "keelway.dev/load-balancing";
 const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// Kubernetes' default `sessionAffinityConfig.clientIP.timeoutSeconds`: three hours.
 const AFFINITY_SECONDS: i32 = 10_800;
@@ -26,6 +28,7 @@ pub fn service(service: &v1::Service) -> Result<model::Service, ConvertError> {
     let only = spec.cluster_ip.clone().into_iter();
     let cluster_ips: Vec<String> = if listed.is_empty() { only.collect() } else { listed };
     let external_ips = spec.external_ips.as_deref().unwrap_or_default();
+    let mut problems = Vec::new();
     Ok(model::Service {
         name: model::ObjectName::new(namespace_of(&service.metadata), name(&service.metadata)?),
         service_type: match spec.type_.as_deref() {
@@ -48,9 +51,40 @@ pub fn service(service: &v1::Service) -> Result<model::Service, ConvertError> {
         affinity_seconds: affinity(spec)?,
         internal_traffic_policy: traffic_policy("spec.internalTrafficPolicy", &spec.internal_traffic_policy)?,
         external_traffic_policy: traffic_policy("spec.externalTrafficPolicy", &spec.external_traffic_policy)?,
+        source_ranges: source_ranges(spec, &mut problems),
+        health_check_node_port: match spec.health_check_node_port {
+            None | Some(0) => 0,
+            Some(number) => port("spec.healthCheckNodePort", number)?,
+        },
+        load_balancing: load_balancing(service, &mut problems),
+        problems,
         other_proxy: label(&service.metadata, PROXY_NAME_LABEL).is_some(),
         headless_label: label(&service.metadata, HEADLESS_LABEL).is_some(),
     })
+}
+
+/// Who may use the load balancer's addresses. The API lets white space through, and kube-proxy trims it. A range that cannot
+/// be read lets nobody in; the others hold.
+fn source_ranges(spec: &v1::ServiceSpec, problems: &mut Vec<String>) -> Option<Vec<IpNet>> {
+    let given = spec.load_balancer_source_ranges.as_ref().filter(|given| !given.is_empty())?;
+    let read = |text: &String| {
+        let net = prefix("spec.loadBalancerSourceRanges[]", text.trim());
+        net.map_err(|error| problems.push(error.to_string())).ok()
+    };
+    Some(given.iter().filter_map(read).collect())
+}
+
+fn load_balancing(service: &v1::Service, problems: &mut Vec<String>) -> model::LoadBalancing {
+    let annotations = service.metadata.annotations.as_ref();
+    match annotations.and_then(|annotations| annotations.get(LOAD_BALANCING_ANNOTATION)).map(String::as_str) {
+        None | Some("random") => model::LoadBalancing::Random,
+        Some("maglev") => model::LoadBalancing::Maglev,
+        Some(other) => {
+            let field = format!("metadata.annotations[{LOAD_BALANCING_ANNOTATION}]");
+            problems.push(format!("{}; random is in force", wrong(field, other, "random or maglev")));
+            model::LoadBalancing::Random
+        }
+    }
 }
 
 /// Addresses of the status whose mode is VIP, which is the default: `Proxy` ones terminate elsewhere.

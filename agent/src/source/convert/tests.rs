@@ -48,6 +48,37 @@ status:
 }
 
 #[test]
+fn parts_of_a_service_that_cannot_be_read_are_named_and_the_rest_holds() {
+    let yaml = "
+metadata: {name: web, annotations: {keelway.dev/load-balancing: ring}}
+spec:
+  type: LoadBalancer
+  clusterIP: 10.96.0.1
+  ports: [{port: 80}]
+  externalTrafficPolicy: Local
+  healthCheckNodePort: 32000
+  loadBalancerSourceRanges: [' 203.0.113.9/24 ', nonsense, 'fd00::/8']
+";
+    let converted = service(&read(yaml)).unwrap();
+    let ranges: Vec<IpNet> = vec!["203.0.113.0/24".parse().unwrap(), "fd00::/8".parse().unwrap()];
+    assert_eq!(converted.source_ranges, Some(ranges));
+    assert_eq!(converted.health_check_node_port, 32000);
+    assert_eq!(converted.load_balancing, proxy_model::LoadBalancing::Random);
+    let expected = [
+        r#"spec.loadBalancerSourceRanges[]: "nonsense" is not a prefix such as 10.0.0.0/8 or fd00::/8"#,
+        r#"metadata.annotations[keelway.dev/load-balancing]: "ring" is not random or maglev; random is in force"#,
+    ];
+    assert_eq!(converted.problems, expected);
+
+    let only_nonsense = yaml.replace("' 203.0.113.9/24 ', nonsense, 'fd00::/8'", "nonsense").replace("ring", "maglev");
+    let converted = service(&read(&only_nonsense)).unwrap();
+    assert_eq!(converted.source_ranges, Some(vec![]), "nobody, rather than everybody");
+    assert_eq!(converted.load_balancing, proxy_model::LoadBalancing::Maglev);
+    let empty = yaml.replace("' 203.0.113.9/24 ', nonsense, 'fd00::/8'", "");
+    assert_eq!(service(&read(&empty)).unwrap().source_ranges, None);
+}
+
+#[test]
 fn headless_services_are_not_served() {
     let converted = service(&read("{metadata: {name: db}, spec: {clusterIP: None, clusterIPs: [None]}}")).unwrap();
     assert!(converted.cluster_ips.is_empty() && !converted.is_served());
