@@ -1,5 +1,7 @@
 //! keelway-agent: see the library.
 
+use std::io::IsTerminal as _;
+
 use clap::Parser as _;
 use keelway_agent::config::{Cli, Command, Config, Host};
 use keelway_agent::{cleanup, run};
@@ -8,7 +10,9 @@ use tracing_subscriber::EnvFilter;
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_env("KEELWAY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Colours are for people; logs that are kept have none.
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     match act(cli) {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {

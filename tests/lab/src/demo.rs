@@ -1,4 +1,5 @@
 //! `make demo`: the whole of Keelway on two nodes without Kubernetes, each step shown by what was seen on the wire.
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -79,7 +80,8 @@ impl Demo<'_> {
                 let report =
                     self.eventually(self.friend, target, 8080, &["--count", "5"], |report| report.answered() == 5)?;
                 good &= report.seen_as.keys().eq([&expected]);
-                seen.push(format!("{target} saw {:?}", report.seen_as.keys().collect::<Vec<_>>()));
+                let names: Vec<&str> = report.seen_as.keys().map(String::as_str).collect();
+                seen.push(format!("{target} saw {}", names.join(", ")));
             }
             Ok((good, seen.join(", ")))
         });
@@ -108,7 +110,7 @@ impl Demo<'_> {
         });
         story.step("a Service without endpoints refuses at once", || {
             let report = self.ask(self.friend, EMPTY[0].to_owned(), 80, &["--count", "10", "--timeout", "2000"])?;
-            Ok((report.failures.get("refused") == Some(&10), format!("{:?}", report.failures)))
+            Ok((report.failures.get("refused") == Some(&10), format!("of 10: {}", counted(&report))))
         });
         story.step("a killed backend is out of the rotation", || {
             let dead = &self.web[2];
@@ -229,10 +231,11 @@ impl Demo<'_> {
                 .filter(|drop| drop["reason"].as_str().is_some_and(|reason| reason.starts_with("policy")))
                 .map(count)
                 .sum();
-            let shown: Vec<String> = drops
-                .iter()
-                .map(|drop| format!("{} {}", drop["reason"].as_str().unwrap_or("?"), count(drop)))
-                .collect();
+            let mut by_reason: BTreeMap<&str, u64> = BTreeMap::new();
+            for drop in &drops {
+                *by_reason.entry(drop["reason"].as_str().unwrap_or("?")).or_default() += count(drop);
+            }
+            let shown: Vec<String> = by_reason.iter().map(|(reason, packets)| format!("{reason} {packets}")).collect();
             Ok((policy > 0, shown.join(", ")))
         });
     }
