@@ -1,4 +1,5 @@
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use aya::maps::lpm_trie::Key as LpmKey;
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
@@ -8,6 +9,7 @@ use keelway_layout::{Counter, CounterKey, Hook, Reason};
 
 use crate::error::TableError;
 use crate::raw::{Plain, Raw};
+use crate::sys;
 
 /// One map as a table of typed entries.
 pub trait Table<K, V>: Send {
@@ -82,7 +84,8 @@ fn from_lpm<K: PrefixKeyed>(key: &LpmKey<Raw<K::Data>>) -> K {
 }
 
 enum Kind<K: Plain, V: Plain> {
-    Hash(HashMap<MapData, Raw<K>, Raw<V>>),
+    /// And a descriptor of its own for counting in batches.
+    Hash(HashMap<MapData, Raw<K>, Raw<V>>, OwnedFd),
     Prefix(Box<dyn PrefixTable<K, V>>),
 }
 
@@ -134,7 +137,11 @@ fn is_absent(error: &MapError) -> bool {
 
 impl<K: Plain, V: Plain> KernelTable<K, V> {
     pub(crate) fn hash(name: &'static str, capacity: u32, map: Map) -> Result<Self, MapError> {
-        Ok(Self { name, capacity, kind: Kind::Hash(HashMap::try_from(map)?) })
+        let (Map::HashMap(data) | Map::LruHashMap(data)) = &map else {
+            return Err(MapError::IoError(io::Error::other("not a hash map")));
+        };
+        let fd = data.fd().as_fd().try_clone_to_owned().map_err(MapError::IoError)?;
+        Ok(Self { name, capacity, kind: Kind::Hash(HashMap::try_from(map)?, fd) })
     }
 
     fn error(&self, error: &MapError) -> TableError {
@@ -159,7 +166,7 @@ impl<K: Plain + Send, V: Plain + Send> Table<K, V> for KernelTable<K, V> {
 
     fn get(&self, key: &K) -> Result<Option<V>, TableError> {
         let found = match &self.kind {
-            Kind::Hash(map) => map.get(&Raw(*key), 0).map(|raw| raw.0),
+            Kind::Hash(map, _) => map.get(&Raw(*key), 0).map(|raw| raw.0),
             Kind::Prefix(map) => map.get(key),
         };
         match found {
@@ -171,7 +178,7 @@ impl<K: Plain + Send, V: Plain + Send> Table<K, V> for KernelTable<K, V> {
 
     fn put(&mut self, key: &K, value: &V) -> Result<(), TableError> {
         let done = match &mut self.kind {
-            Kind::Hash(map) => map.insert(Raw(*key), Raw(*value), 0),
+            Kind::Hash(map, _) => map.insert(Raw(*key), Raw(*value), 0),
             Kind::Prefix(map) => map.put(key, value),
         };
         done.map_err(|error| self.error(&error))
@@ -179,7 +186,7 @@ impl<K: Plain + Send, V: Plain + Send> Table<K, V> for KernelTable<K, V> {
 
     fn delete(&mut self, key: &K) -> Result<(), TableError> {
         let done = match &mut self.kind {
-            Kind::Hash(map) => map.remove(&Raw(*key)),
+            Kind::Hash(map, _) => map.remove(&Raw(*key)),
             Kind::Prefix(map) => map.delete(key),
         };
         match done {
@@ -190,7 +197,7 @@ impl<K: Plain + Send, V: Plain + Send> Table<K, V> for KernelTable<K, V> {
 
     fn dump(&self) -> Result<Vec<(K, V)>, TableError> {
         let entries: Vec<_> = match &self.kind {
-            Kind::Hash(map) => map.iter().map(|entry| entry.map(|(k, v)| (k.0, v.0))).collect(),
+            Kind::Hash(map, _) => map.iter().map(|entry| entry.map(|(k, v)| (k.0, v.0))).collect(),
             Kind::Prefix(map) => map.entries(),
         };
         let mut found = Vec::with_capacity(entries.len());
@@ -207,8 +214,24 @@ impl<K: Plain + Send, V: Plain + Send> Table<K, V> for KernelTable<K, V> {
 
     fn len(&self) -> Result<u64, TableError> {
         match &self.kind {
-            Kind::Hash(map) => Ok(map.keys().filter(Result::is_ok).count() as u64),
+            Kind::Hash(_, fd) => count(fd.as_fd(), size_of::<K>(), size_of::<V>())
+                .map_err(|error| TableError::from_io(self.name, self.capacity, &error)),
             Kind::Prefix(map) => Ok(map.entries().iter().filter(|entry| entry.is_ok()).count() as u64),
+        }
+    }
+}
+
+/// Entries read in one call when they are counted.
+const BATCH: usize = 4096;
+
+/// How many entries a hash map holds.
+fn count(map: BorrowedFd<'_>, key_size: usize, value_size: usize) -> io::Result<u64> {
+    let (mut keys, mut values) = (vec![0; BATCH * key_size], vec![0; BATCH * value_size]);
+    let (mut cursor, mut entries) = (None, 0);
+    loop {
+        entries += sys::lookup_batch(map, &mut cursor, (&mut keys, key_size), (&mut values, value_size))? as u64;
+        if cursor.is_none() {
+            return Ok(entries);
         }
     }
 }

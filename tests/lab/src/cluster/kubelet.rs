@@ -10,6 +10,9 @@ use super::pki::Pki;
 use crate::containerd::Containerd;
 use crate::node::Node;
 
+/// Where the kubelet reads static pods.
+pub const STATIC_PODS: &str = "/etc/kubernetes/manifests";
+
 /// Starts containerd, imports the images if they are not on the node's disk yet, and starts the kubelet.
 pub fn start(node: &Node, bin: &Path, pki: &Pki, server: &str, images: &[PathBuf]) -> Result<()> {
     let name = &node.name;
@@ -51,7 +54,9 @@ pub fn start(node: &Node, bin: &Path, pki: &Pki, server: &str, images: &[PathBuf
         "imageGCHighThresholdPercent": 100,
         "serializeImagePulls": false,
         "maxPods": 250,
+        "staticPodPath": STATIC_PODS,
     });
+    node.run(&["mkdir", "-p", STATIC_PODS])?;
     let file = node.dir.join("kubelet.json");
     fs::write(&file, serde_json::to_vec_pretty(&config)?)?;
     let mut kubelet = Arguments::new(bin.join("kubelet").to_string_lossy().into_owned());

@@ -4,7 +4,7 @@ mod control_plane;
 pub mod demo;
 mod images;
 pub mod install;
-mod kubelet;
+pub mod kubelet;
 mod pki;
 pub mod programs;
 
