@@ -12,7 +12,8 @@
 //! - [`endpoints`] says which endpoints serve: kube-proxy's rules on readiness, termination, traffic policy and hints.
 //! - [`Tables`] mirrors the kernel's maps. It numbers frontends and backends, and turns a [`Change`] into [`Op`]s such that
 //!   a packet between any two of them sees a valid table.
-//! - [`HealthCheck`]s come from [`Model::health_checks`], addresses that two Services want from [`Tables::conflicts`].
+//! - [`HealthCheck`]s come from [`Model::health_checks`], addresses that two Services want from [`Tables::conflicts`],
+//!   what is programmed from [`Tables::list`].
 //! - [`mod@reference`] is the executable specification: packet and objects in, the set of allowed backends out.
 //! - [`Simulated`] is the maps in memory, for tests and for `why`.
 //!
@@ -42,5 +43,5 @@ pub use health::HealthCheck;
 pub use model::ObjectName;
 pub use op::{Backend, Dump, Frontend, FrontendKey, Op, Origin, SlotKey, flags};
 pub use simulated::{Forward, Packet, Place, Simulated, Verdict};
-pub use tables::{Conflict, Limits, Table, TableFull, Tables};
+pub use tables::{Conflict, Limits, Listed, Table, TableFull, Tables};
 pub use tracker::{Change, Model, NodeInfo};

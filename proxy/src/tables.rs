@@ -66,6 +66,21 @@ pub struct Conflict {
     pub losers: Vec<(ObjectName, FrontendKind)>,
 }
 
+/// A frontend for people to look at.
+#[derive(Clone, Debug)]
+pub struct Listed<'a> {
+    /// Which.
+    pub key: FrontendKey,
+    /// Whose, and what it is there; unknown for what did not fit after a restart.
+    pub owner: Option<(&'a ObjectName, FrontendKind)>,
+    /// What the kernel has.
+    pub frontend: Frontend,
+    /// Who may, with [`flags::SOURCE_RANGES`].
+    pub source_ranges: &'a [IpNet],
+    /// Backends with their ids, those in slots first: whether each is draining.
+    pub backends: Vec<(u32, Backend, bool)>,
+}
+
 /// A frontend as the kernel has it.
 #[derive(Clone, Debug)]
 pub(crate) struct State {
@@ -181,6 +196,23 @@ impl Tables {
             Some(Conflict { key: *key, winner: winner.service.clone(), losers })
         };
         self.contested.iter().filter_map(conflict).collect()
+    }
+
+    /// All frontends as the kernel has them.
+    pub fn list(&self) -> impl Iterator<Item = Listed<'_>> {
+        self.frontends.iter().map(|(key, state)| {
+            let claim = self.claims.get(&key.seen_from(Origin::Anyone)).and_then(|claims| claims.first());
+            let chosen = state.distinct().into_iter().map(|id| (id, false));
+            let all = chosen.chain(state.draining.iter().map(|id| (*id, true)));
+            let backends = all.filter_map(|(id, draining)| Some((id, self.backends.get(&id)?.backend, draining)));
+            Listed {
+                key: *key,
+                owner: claim.map(|claim| (&claim.service, claim.kind)),
+                frontend: state.value,
+                source_ranges: &state.ranges,
+                backends: backends.collect(),
+            }
+        })
     }
 
     /// Entries in use and the size, per map.

@@ -8,8 +8,8 @@ use keelway_proxy::model::{
     TrafficPolicy,
 };
 use keelway_proxy::{
-    Backend, FrontendKey, Limits, Model, NodeInfo, ObjectName, Op, Origin, Packet, Place, Simulated, Tables, Verdict,
-    flags, maglev,
+    Backend, FrontendKey, FrontendKind, Limits, Model, NodeInfo, ObjectName, Op, Origin, Packet, Place, Simulated,
+    Tables, Verdict, flags, maglev,
 };
 
 const LIMITS: Limits =
@@ -272,6 +272,13 @@ fn a_backend_drains_until_the_slices_forget_it() {
     node.flush();
     assert_eq!(node.pod("10.96.0.1", 80), "10.0.0.2");
     assert_eq!(id(&node, "10.0.0.1"), Some((first.0, true)));
+
+    let key = FrontendKey::new(addr("10.96.0.1"), 80, Protocol::Tcp);
+    let listed = node.tables.list().find(|listed| listed.key == key).unwrap();
+    let states: Vec<(String, bool)> =
+        listed.backends.iter().map(|(_, b, draining)| (b.addr.to_string(), *draining)).collect();
+    assert_eq!(states, [("10.0.0.2".to_owned(), false), ("10.0.0.1".to_owned(), true)]);
+    assert_eq!(listed.owner, Some((&ObjectName::new("ns", "web"), FrontendKind::ClusterIp)));
 
     // A new agent keeps it, though no slot tells of it.
     let (tables, ops, errors) = Tables::restore(LIMITS, &node.kernel.dump(), &node.model.all());
