@@ -89,7 +89,7 @@ fn a_foreign_map_under_our_name_is_named() {
             "x",
         ])
         .status()
-        .expect("bpftool is installed");
+        .expect("bpftool runs: `hack/setup lab` installs it");
     assert!(made.success());
     match Datapath::open(bpffs.path()) {
         Err(Error::ForeignMap { path, what, found, .. }) => {
