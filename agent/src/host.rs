@@ -14,7 +14,7 @@ use keelway_layout::{Addr, NodeConfig, Port, node_flags};
 use keelway_netlink::{AddressOptions, Handle, Link, OnMismatch, Route, RouteFilter, Vxlan, sysctl};
 use keelway_netlink::{PROTOCOL_KEELWAY, RouteScope, TABLE_MAIN};
 
-use crate::config::{Config, PortRange, Routing};
+use crate::config::{Config, NodePortAddresses, PortRange, Routing};
 use crate::engine::{Devices, HostRoutes};
 use crate::source::Node;
 
@@ -93,7 +93,8 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
         host.replace_unreachable(cidr.trunc()).await?;
     }
     let node_devices = links.iter().map(|link| link.name.clone()).collect();
-    let devices = Devices { node: node_devices, vxlan, config: programs, host_addresses };
+    let node_ports = node_port_addresses(&config.nodeport_addresses, node, &pool, &own);
+    let devices = Devices { node: node_devices, vxlan, config: programs, host_addresses, node_ports };
     Ok(HostNetwork { devices, mtu, pod_cidrs: node.pod_cidrs.clone(), route_index })
 }
 
@@ -107,6 +108,33 @@ fn sources(pool: &Pool, node: &Node, own: &[keelway_netlink::Address]) -> Vec<Ip
         addresses.find(|ip| ip.is_ipv4() == fallback.is_ipv4() && held(ip)).unwrap_or(fallback)
     };
     pool.host_addresses().into_iter().map(of_family).collect()
+}
+
+/// The addresses on which node ports answer, sorted; `true` for loopback ones, which only the host's own processes can dial.
+fn node_port_addresses(
+    wanted: &NodePortAddresses,
+    node: &Node,
+    pool: &Pool,
+    own: &[keelway_netlink::Address],
+) -> Vec<(IpAddr, bool)> {
+    let pods = pool.host_addresses();
+    let chosen = |address: &IpAddr| match wanted {
+        NodePortAddresses::All => !pods.contains(address),
+        NodePortAddresses::Primary => node.internal_addresses.contains(address),
+        NodePortAddresses::In(prefixes) => prefixes.iter().any(|prefix| prefix.contains(address)),
+    };
+    let link_local = |address: &IpAddr| match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    let addresses = own.iter().map(|address| address.address.addr());
+    let mut found: Vec<_> = addresses
+        .filter(|address| !link_local(address) && chosen(address))
+        .map(|address| (address, address.is_loopback()))
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
 }
 
 /// Keeps the pod CIDRs for `cleanup`, which asks nobody.

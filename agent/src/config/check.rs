@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::cgroup::NoMount;
 use super::flags::{Flags, Text};
-use super::{Config, Host, Listen, PluginConfig, PortRange, Routing, SourceConfig};
+use super::{Config, Host, Listen, NodePortAddresses, PluginConfig, PortRange, Routing, SourceConfig};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +74,7 @@ pub(super) fn check(flags: &Flags, file: &Flags, host: &Host) -> Result<Config, 
         mtu: mtu(over(&flags.mtu, &file.mtu))?,
         vxlan_port: port("vxlan-port", over(&flags.vxlan_port, &file.vxlan_port), 8472)?,
         snat_ports: snat_ports(over(&flags.snat_ports, &file.snat_ports))?,
+        nodeport_addresses: nodeport_addresses(over(&flags.nodeport_addresses, &file.nodeport_addresses))?,
         metrics_addr: listen("metrics-addr", over(&flags.metrics_addr, &file.metrics_addr), "127.0.0.1:9965")?,
         healthz_addr: listen("healthz-addr", over(&flags.healthz_addr, &file.healthz_addr), ":10256")?,
         status_grace: plugin.status_grace,
@@ -232,6 +233,18 @@ fn snat_ports(value: Option<&str>) -> Result<PortRange, ConfigError> {
     match range {
         Some(range) if range.first >= 1024 && range.first <= range.last => Ok(range),
         _ => Err(wrong("snat-ports", value, "a range FIRST-LAST of ports from 1024 to 65535")),
+    }
+}
+
+fn nodeport_addresses(value: Option<&str>) -> Result<NodePortAddresses, ConfigError> {
+    let one = |text: &str| {
+        const EXPECTED: &str = "all, primary, or a list of prefixes such as 10.0.0.0/8, separated by commas";
+        text.trim().parse::<ipnet::IpNet>().map_err(|_| wrong("nodeport-addresses", text, EXPECTED))
+    };
+    match value.unwrap_or("all") {
+        "all" | "" => Ok(NodePortAddresses::All),
+        "primary" => Ok(NodePortAddresses::Primary),
+        list => Ok(NodePortAddresses::In(list.split(',').map(one).collect::<Result<_, _>>()?)),
     }
 }
 

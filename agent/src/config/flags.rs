@@ -146,6 +146,11 @@ pub struct Flags {
     #[arg(long, value_name = "FIRST-LAST", help_heading = "Network")]
     pub snat_ports: Option<Text>,
 
+    /// Addresses of the node on which node ports answer: all, primary (those of the Node object), or prefixes of them.
+    /// [default: all]
+    #[arg(long, value_name = "CIDR,...", help_heading = "Network")]
+    pub nodeport_addresses: Option<Text>,
+
     /// Serves /metrics; off to serve none. [default: 127.0.0.1:9965]
     #[arg(long, value_name = "ADDR", help_heading = "Serving")]
     pub metrics_addr: Option<Text>,

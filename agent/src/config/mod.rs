@@ -12,6 +12,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 pub use check::ConfigError;
 pub use flags::{CleanupArgs, Cli, Command, Flags, InstallCniArgs, Text};
 pub use host::Host;
@@ -58,6 +60,17 @@ impl Routing {
             Self::Routed => "routed",
         }
     }
+}
+
+/// On which of the node's addresses node ports answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// On all, and for the host's own processes on the loopback address too.
+    All,
+    /// On those of the Node object.
+    Primary,
+    /// On those inside of these prefixes.
+    In(Vec<IpNet>),
 }
 
 /// A range of ports, both ends included.
@@ -113,6 +126,8 @@ pub struct Config {
     pub vxlan_port: u16,
     /// Ports that masquerading picks from.
     pub snat_ports: PortRange,
+    /// On which of the node's addresses node ports answer.
+    pub nodeport_addresses: NodePortAddresses,
     /// Where `/metrics` is served; `None`: nowhere.
     pub metrics_addr: Option<Listen>,
     /// Where `/healthz` and `/livez` are served; `None`: nowhere.

@@ -144,6 +144,8 @@ pub struct Devices {
     pub config: NodeConfig,
     /// What the host sends from to pods, one a family.
     pub host_addresses: Vec<IpAddr>,
+    /// On which node ports answer; `true`: only to the host's own processes.
+    pub node_ports: Vec<(IpAddr, bool)>,
 }
 
 /// How the rest of the agent speaks to the engine.
@@ -356,6 +358,9 @@ impl Engine {
     fn update(&mut self) {
         if self.retry_at.is_some() {
             return;
+        }
+        if let Some(devices) = &*self.devices.borrow() {
+            self.services.set_addresses(devices.node_ports.clone());
         }
         let result = if self.is_synced() { self.apply() } else { self.first_sync() };
         self.settle(result);

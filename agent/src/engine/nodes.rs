@@ -1,7 +1,7 @@
 //! Nodes: who is behind which pod CIDR.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use keelway_cni::ipam::Pool;
@@ -44,9 +44,6 @@ impl Engine {
         self.policies.model.upsert_node(self.policy_node(&node));
         if node.name == self.settings.node_name {
             self.services.set_zone(node.labels.get("topology.kubernetes.io/zone").cloned());
-            let loopback = [(Ipv4Addr::LOCALHOST.into(), true), (Ipv6Addr::LOCALHOST.into(), true)];
-            let own = node.internal_addresses.iter().map(|addr| (*addr, false));
-            self.services.set_addresses(own.chain(loopback).collect());
             self.health.set_eligible(node.eligible);
             self.node_tx.send_replace(Some(node.clone()));
         }

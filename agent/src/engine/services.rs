@@ -81,8 +81,10 @@ impl Services {
     pub fn set_addresses(&mut self, mut addresses: Vec<(IpAddr, bool)>) {
         addresses.sort_unstable();
         addresses.dedup();
-        self.node.addresses = addresses;
-        self.model.set_node(self.node.clone());
+        if self.node.addresses != addresses {
+            self.node.addresses = addresses;
+            self.model.set_node(self.node.clone());
+        }
     }
 
     pub fn service_gone(&mut self, namespace: &str, name: &str) {

@@ -18,10 +18,15 @@ impl Addr {
     /// `::`
     pub const UNSPECIFIED: Self = Self { words: [0; 4] };
 
-    /// The gateway of every pod: 169.254.1.1.
-    pub const GATEWAY_V4: Self = Self::from_v4_word(u32::from_ne_bytes([169, 254, 1, 1]));
-    /// The gateway of every pod: fe80::1.
-    pub const GATEWAY_V6: Self = Self { words: [0xfe80_0000_u32.to_be(), 0, 0, 1_u32.to_be()] };
+    /// 127.0.0.1
+    pub const LOOPBACK_V4: Self = Self::from_v4_word(u32::from_ne_bytes([127, 0, 0, 1]));
+    /// ::1
+    pub const LOOPBACK_V6: Self = Self { words: [0, 0, 0, 1_u32.to_be()] };
+    /// Stands for a pod that talks to itself through a Service: 169.254.1.1, the gateway of every pod.
+    pub const ITSELF_V4: Self = Self::from_v4_word(u32::from_ne_bytes([169, 254, 1, 1]));
+    /// The same: 100::1, of the prefix that nobody routes (RFC 6666). With a link-local one, a datagram server that is bound to the
+    /// wildcard address would answer from its own link-local address.
+    pub const ITSELF_V6: Self = Self { words: [0x0100_0000_u32.to_be(), 0, 0, 1_u32.to_be()] };
 
     /// From four words in network byte order.
     #[inline(always)]

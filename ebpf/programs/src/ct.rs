@@ -4,7 +4,7 @@ use keelway_layout::{Addr, CtEntry, CtKey, Endpoint, NodeState, Port, Reason, ct
 
 use crate::claim;
 use crate::maps::{CONNTRACK, DRAFT, STATE};
-use crate::parse::{ACK, FIN, Packet, RST, SYN, TCP, UDP};
+use crate::parse::{ACK, FIN, Packet, RST, SCTP, SYN, TCP, UDP};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -34,11 +34,16 @@ impl Flow {
         (self.0.flags & ct_flags::TRANSLATED != 0).then_some((self.0.nat_addr, self.0.nat_port))
     }
 
-    /// Both sides have ended it: its ports are free for another.
+    /// Whether its ports are free for another: both sides have ended it, or, where there is no end to see, it is quiet. A client's
+    /// port is one socket's, so that one that dials elsewhere is most likely a new one.
     #[inline(always)]
-    pub fn is_over(self) -> bool {
+    pub fn is_over(self, proto: u8, now: u64) -> bool {
         const CLOSED: u32 = ct_flags::FIN_FORWARD | ct_flags::FIN_REVERSE;
-        self.0.flags & ct_flags::RESET != 0 || self.0.flags & CLOSED == CLOSED
+        const QUIET: u64 = 2 * SECOND;
+        if proto == TCP {
+            return self.0.flags & ct_flags::RESET != 0 || self.0.flags & CLOSED == CLOSED;
+        }
+        now + lifetime(proto, self.0.flags) > self.0.expires + QUIET
     }
 
     /// Records that the flow was admitted under today's rules.
@@ -115,6 +120,8 @@ pub fn lifetime(proto: u8, flags: u32) -> u64 {
             TCP if replied => 8_000,
             TCP => 60,
             UDP if replied => 180,
+            // A heartbeat comes every 30 seconds (RFC 9260 section 16), and some may be lost.
+            SCTP if replied => 300,
             _ => 30,
         }
 }

@@ -5,7 +5,7 @@ use keelway_layout::{Endpoint, Port, Reason, scope};
 use crate::count::Account;
 use crate::ct::{self, Way};
 use crate::kernel::Skb;
-use crate::parse::{self, Kind, Packet};
+use crate::parse::{self, Kind, Packet, UDP};
 use crate::policy::{admit_known, admit_new};
 use crate::rewrite::{self, Side};
 
@@ -44,8 +44,8 @@ pub fn admit_flow(
         Some(flow) if flow.dialled().unwrap_or_default() == account.dialled => {
             admit_known(flow, scope::IN, Way::Forward, endpoint, packet, now, account)
         }
-        // One client port, one pod, dialled in two ways: answers could not be told apart.
-        Some(flow) if !flow.is_over() => Err(Reason::NatExhausted),
+        // One client port, one pod, dialled in two ways: answers could not be told apart. Of datagrams the later flow is the one.
+        Some(flow) if packet.tuple.proto != UDP && !flow.is_over(packet.tuple.proto, now) => Err(Reason::NatExhausted),
         _ => admit_new(scope::IN, endpoint, packet, account.dialled, now, account),
     }
 }

@@ -29,10 +29,8 @@ pub enum Client {
 pub enum Dial {
     /// No Service's.
     Other,
-    /// A Service's, and nobody is behind it.
+    /// Another port of a Service's address.
     Refused,
-    /// A Service's, and nobody here may be behind it: as if it were not there.
-    Dropped,
     /// A Service's.
     Service(&'static Frontend),
 }
@@ -63,6 +61,12 @@ pub fn dial(addr: &Addr, port: Port, proto: u8, client: Client) -> Dial {
     if !matches!(proto, TCP | UDP | SCTP) {
         return Dial::Other;
     }
+    // Who dials no address in particular dials itself.
+    let addr = match (*addr == any_of_family(addr), addr.is_v4()) {
+        (false, _) => addr,
+        (true, true) => &Addr::LOOPBACK_V4,
+        (true, false) => &Addr::LOOPBACK_V6,
+    };
     let mut key = FrontendKey::new(*addr, port, proto);
     let mut found = frontend(key);
     if found.is_none() {
@@ -79,12 +83,13 @@ pub fn dial(addr: &Addr, port: Port, proto: u8, client: Client) -> Dial {
     if client == Client::Outside && found.is_some_and(|found| found.flags & frontend_flags::OUTSIDE_DIFFERS != 0) {
         found = frontend(key.seen_from(From::Outside));
     }
-    let Some(found) = found else { return Dial::Other };
-    match found.count {
-        0 if found.flags & frontend_flags::DROP_WHEN_EMPTY != 0 => Dial::Dropped,
-        0 => Dial::Refused,
-        _ => Dial::Service(found),
-    }
+    found.map_or(Dial::Other, Dial::Service)
+}
+
+/// Whether a frontend without backends is as if it were not there: others have some, and nobody here may be behind it.
+#[inline(always)]
+pub fn drops_when_empty(frontend: &Frontend) -> bool {
+    frontend.flags & frontend_flags::DROP_WHEN_EMPTY != 0
 }
 
 /// Whether the frontend serves a client with this address.
@@ -194,13 +199,12 @@ pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcom
         flow.keep(now + lease(tuple.proto));
         return Ok(Outcome::Translated);
     }
-    let frontend = match dialled {
-        Dial::Other | Dial::Refused => return Ok(Outcome::Refused),
-        Dial::Dropped => return Err(Reason::NoBackend),
-        Dial::Service(frontend) => frontend,
-    };
+    let Dial::Service(frontend) = dialled else { return Ok(Outcome::Refused) };
     if !serves(frontend, &tuple.src) {
         return Err(Reason::SourceRange);
+    }
+    if frontend.count == 0 {
+        return if drops_when_empty(frontend) { Err(Reason::NoBackend) } else { Ok(Outcome::Refused) };
     }
     pick(packet, frontend, asked, now).map(|()| Outcome::Translated)
 }
@@ -241,7 +245,9 @@ fn pick(packet: &Packet, frontend: &Frontend, asked: &mut Asked, now: u64) -> Re
             None => choose(frontend, start.wrapping_add(attempt)).ok_or(Reason::NoBackend)?,
         };
         asked.backend = (choice.backend.addr, choice.backend.port);
-        if !taken(tuple, &asked.backend, asked.incarnation, now) {
+        // A datagram flow rather takes over another's ports than to have no backend: that one has most likely ended unseen.
+        let last = attempt == 3 || kept.is_some();
+        if (last && tuple.proto == UDP) || !taken(tuple, &asked.backend, asked.incarnation, now) {
             keep_for(frontend, &tuple.src, choice.id, now);
             return remember(tuple, asked, choice.id, now);
         }
@@ -292,5 +298,5 @@ fn taken(tuple: &CtKey, backend: &(Addr, Port), incarnation: u32, now: u64) -> b
     let translated = CtKey { dst: backend.0, dport: backend.1, ..*tuple };
     let scope = if incarnation == 0 { scope::LB } else { scope::OUT };
     ct::find_of(&translated, scope, Way::Forward, incarnation, now)
-        .is_some_and(|flow| !flow.is_over() && flow.dialled() != Some((tuple.dst, tuple.dport)))
+        .is_some_and(|flow| !flow.is_over(tuple.proto, now) && flow.dialled() != Some((tuple.dst, tuple.dport)))
 }

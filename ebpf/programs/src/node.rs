@@ -1,13 +1,13 @@
 //! The two hooks on the node's network devices.
 
 use aya_ebpf::bindings::TC_ACT_OK;
-use keelway_layout::{Endpoint, NodeConfig, PrefixKey, Reason, identity, node_flags, scope};
+use keelway_layout::{Endpoint, NodeConfig, Reason, identity, node_flags, scope};
 
 use crate::count::Account;
 use crate::ct::{self, Way};
-use crate::kernel::{Skb, lpm_get, now};
+use crate::kernel::{Skb, now};
 use crate::lb::Client;
-use crate::maps::{NODE, TUNNELS};
+use crate::maps::NODE;
 use crate::parse::{Kind, Packet, UDP};
 use crate::pod::endpoint;
 use crate::policy::identity_of;
@@ -35,9 +35,9 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
     if restored && receiver.is_none() {
         return Ok(OK);
     }
-    genuine(node, packet)?;
     match receiver {
         Some(receiver) => {
+            genuine(node, packet)?;
             deliver::admit(skb, packet, receiver, now, account)?;
             deliver::hand_over(skb, receiver)
         }
@@ -86,13 +86,12 @@ pub fn from_tunnel(
 
 /// A packet from the network does not come from a pod of this node, nor, where there is a tunnel, of any.
 #[inline(always)]
-fn genuine(node: &NodeConfig, packet: &Packet) -> Result<(), Reason> {
+pub fn genuine(node: &NodeConfig, packet: &Packet) -> Result<(), Reason> {
     if endpoint(&packet.tuple.src).is_some() {
         return Err(Reason::SpoofedSource);
     }
-    if node.flags & node_flags::VXLAN != 0
-        && lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.src)).is_some_and(|tunnel| tunnel.remote != packet.tuple.src)
-    {
+    let who = identity_of(&packet.tuple.src);
+    if node.flags & node_flags::VXLAN != 0 && (who == identity::UNKNOWN_POD || who >= identity::FIRST_POD) {
         return Err(Reason::UntunnelledPod);
     }
     Ok(())

@@ -30,7 +30,7 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
     };
     account.endpoint = sender.id;
     let now = now();
-    if packet.tuple.dst == gateway(packet.v6) && packet.kind == Kind::Flow {
+    if packet.tuple.dst == itself(packet.v6) && packet.kind == Kind::Flow {
         return back_to_itself(skb, packet, sender, now);
     }
     if packet.tuple.dst.is_link_scoped() {
@@ -119,10 +119,10 @@ fn related(skb: Skb, packet: &mut Packet, sender: &Endpoint, now: u64) -> Result
     Ok(ct::find_for(&received.tuple, scope::OUT, Way::Reverse, sender, now).is_some())
 }
 
-/// What a pod's routes lead to; as a client's address it stands for the pod itself.
+/// The address under which a pod meets itself.
 #[inline(always)]
-fn gateway(v6: bool) -> Addr {
-    if v6 { Addr::GATEWAY_V6 } else { Addr::GATEWAY_V4 }
+fn itself(v6: bool) -> Addr {
+    if v6 { Addr::ITSELF_V6 } else { Addr::ITSELF_V4 }
 }
 
 /// A pod's Service flow for which it is the backend itself. Under its own address as source its stack would not take it.
@@ -137,10 +137,12 @@ fn to_itself(
     let dialled = (packet.tuple.dst, packet.tuple.dport);
     rewrite::packet(skb, packet, Side::Destination, backend.0, backend.1)?;
     let client = packet.tuple.sport;
-    rewrite::packet(skb, packet, Side::Source, gateway(packet.v6), client)?;
+    rewrite::packet(skb, packet, Side::Source, itself(packet.v6), client)?;
     match ct::find_for(&packet.tuple, scope::HAIRPIN, Way::Forward, sender, now) {
         Some(flow) if flow.dialled() == Some(dialled) => flow.touch(packet, Way::Forward, now),
-        Some(flow) if !flow.is_over() => return Err(Reason::Hairpin),
+        Some(flow) if packet.tuple.proto != UDP && !flow.is_over(packet.tuple.proto, now) => {
+            return Err(Reason::Hairpin);
+        }
         _ => ct::open_dialled(packet, scope::HAIRPIN, sender.incarnation, &dialled, now)?,
     }
     deliver::hand_over(skb, sender)

@@ -1,9 +1,9 @@
 //! Changing addresses and ports in place, checksums included.
 
-use keelway_layout::{Addr, Port, Reason};
+use keelway_layout::{Addr, Port, Reason, crc32c};
 
 use crate::kernel::{Skb, csum_diff};
-use crate::parse::{ETH_LEN, ICMP4, ICMP6, Kind, Packet, TCP, UDP};
+use crate::parse::{ETH_LEN, ICMP4, ICMP6, Kind, Packet, SCTP, TCP, UDP};
 
 /// Which end of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -78,10 +78,33 @@ fn port(skb: Skb, packet: &Packet, side: Side, old: Port, new: Port) -> Result<(
         skb.fix_l4_csum(packet.l4 + 2, old.be().into(), new.be().into(), 2, false, false)?;
         return skb.store(packet.l4 + 4, &new.be());
     }
-    // SCTP's CRC covers the ports and cannot be mended by a difference: only same-port translation works for it.
+    if proto == SCTP {
+        return sctp_port(skb, packet, side, old, new);
+    }
     let (offset, optional) = l4_checksum(proto, packet.v6).ok_or(Reason::Helper)?;
     skb.fix_l4_csum(packet.l4 + offset, old.be().into(), new.be().into(), 2, false, optional)?;
     skb.store(packet.l4 + if side == Side::Source { 0 } else { 2 }, &new.be())
+}
+
+#[inline(never)]
+fn sctp_port(skb: Skb, packet: &Packet, side: Side, old: Port, new: Port) -> Result<(), Reason> {
+    let checksum: u32 = skb.load(packet.l4 + 8)?;
+    skb.store(packet.l4 + if side == Side::Source { 0 } else { 2 }, &new.be())?;
+    // The sender leaves it to the device to fill in, which reads the ports then.
+    if checksum == 0 {
+        return Ok(());
+    }
+    let end = if packet.v6 {
+        let payload: u16 = skb.load(ETH_LEN + 4)?;
+        ETH_LEN + 40 + u32::from(u16::from_be(payload))
+    } else {
+        let total: u16 = skb.load(ETH_LEN + 2)?;
+        ETH_LEN + u32::from(u16::from_be(total))
+    };
+    let shift = if side == Side::Source { 0 } else { 16 };
+    let difference = u32::from(u16::from_le(old.be() ^ new.be())) << shift;
+    let mended = crc32c::mend(u32::from_le(checksum), difference, end.wrapping_sub(packet.l4) as u16);
+    skb.store(packet.l4 + 8, &mended.to_le())
 }
 
 /// Puts another address and port into the packet that an ICMP error carries, and mends the error's checksum.

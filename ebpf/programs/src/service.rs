@@ -6,7 +6,7 @@
 //! by one. A backend on this node sees the client's own address.
 
 use aya_ebpf::bindings::TC_ACT_OK;
-use keelway_layout::{Addr, CtKey, Endpoint, NodeConfig, Port, Reason, identity, node_flags, scope};
+use keelway_layout::{Addr, CtKey, Endpoint, Hook, NodeConfig, Port, Reason, identity, node_flags, scope};
 
 use crate::count::{Account, count};
 use crate::ct::{self, Flow, Way};
@@ -59,6 +59,9 @@ pub fn arrive(
             return refuse::port_unreachable_back(skb, packet);
         }
         Outcome::Translated => {}
+    }
+    if account.hook == Hook::NodeIngress {
+        crate::node::genuine(node, packet)?;
     }
     if let Some(receiver) = endpoint(&packet.tuple.dst) {
         return receive(skb, packet, receiver, now, account);

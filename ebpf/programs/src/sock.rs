@@ -169,11 +169,10 @@ pub fn connect(sock: SockAddr, hook: Hook) -> i32 {
     let mut who = Owner::UNKNOWN;
     owner(sock.netns(), !dialled.addr().is_v4(), &mut who);
     match lb::dial(&dialled.addr(), dialled.port(), dialled.proto(), who.client) {
-        // What is to be dropped is left to the packet's own hook.
-        Dial::Other | Dial::Dropped => ALLOW,
+        Dial::Other => ALLOW,
         Dial::Refused => refuse(hook),
         // A connected datagram socket would keep its backend for ever; its packets are translated one by one instead.
-        Dial::Service(_) if dialled.proto() == UDP && who.has_device => ALLOW,
+        Dial::Service(frontend) if dialled.proto() == UDP && who.has_device && frontend.count != 0 => ALLOW,
         Dial::Service(frontend) => match chosen(frontend, &who) {
             Chosen::Choice(choice) => translate(sock, hook, dialled, &choice),
             Chosen::Nobody => refuse(hook),
@@ -196,6 +195,9 @@ fn chosen(frontend: &Frontend, owner: &Owner) -> Chosen {
     if minds_client && (owner.addr.is_unspecified() || !lb::serves(frontend, &owner.addr)) {
         return Chosen::AtDevice;
     }
+    if frontend.count == 0 {
+        return if lb::drops_when_empty(frontend) { Chosen::AtDevice } else { Chosen::Nobody };
+    }
     let now = now();
     if minds_client && let Some(kept) = lb::kept_for(frontend, &owner.addr, now) {
         return Chosen::Choice(kept);
@@ -214,7 +216,7 @@ pub fn sendmsg(sock: SockAddr, hook: Hook) -> i32 {
     let mut who = Owner::UNKNOWN;
     owner(sock.netns(), !dialled.addr().is_v4(), &mut who);
     match lb::dial(&dialled.addr(), dialled.port(), UDP, who.client) {
-        Dial::Other | Dial::Dropped => ALLOW,
+        Dial::Other => ALLOW,
         Dial::Refused => refuse(hook),
         Dial::Service(frontend) => match kept_or_chosen(sock, dialled, frontend, &who) {
             Chosen::Choice(choice) => translate(sock, hook, dialled, &choice),

@@ -29,6 +29,7 @@ mod node;
 pub mod plugin;
 pub mod probe;
 mod process;
+pub mod services;
 pub mod sh;
 pub mod small_api;
 pub mod standalone;
