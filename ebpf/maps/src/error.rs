@@ -4,7 +4,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The agent was built without the BPF toolchain.
-    #[error("this build carries no BPF programs: run `make setup` and build again")]
+    #[error("this build carries no BPF programs: run `hack/setup build` and build again")]
     NoObject,
     /// The kernel is older than what is supported.
     #[error("this kernel is Linux {found}, and {floor} or later is needed")]

@@ -30,6 +30,7 @@ impl Drop for Cgroup {
 }
 
 #[test]
+#[cfg_attr(no_programs, ignore = "built without the kernel side: hack/setup build")]
 fn a_second_open_finds_what_the_first_wrote_and_switches_the_generation() {
     let bpffs = Bpffs::new();
     let addr = Addr::from("10.0.0.1".parse::<std::net::IpAddr>().unwrap());
@@ -47,6 +48,7 @@ fn a_second_open_finds_what_the_first_wrote_and_switches_the_generation() {
 }
 
 #[test]
+#[cfg_attr(no_programs, ignore = "built without the kernel side: hack/setup build")]
 fn socket_hooks_outlive_the_process_and_are_not_attached_twice() {
     let bpffs = Bpffs::new();
     let cgroup = Cgroup::new("sock");
@@ -64,6 +66,7 @@ fn socket_hooks_outlive_the_process_and_are_not_attached_twice() {
 }
 
 #[test]
+#[cfg_attr(no_programs, ignore = "built without the kernel side: hack/setup build")]
 fn a_foreign_map_under_our_name_is_named() {
     let bpffs = Bpffs::new();
     let folder = bpffs.path().join("keelway/v1");
@@ -86,7 +89,7 @@ fn a_foreign_map_under_our_name_is_named() {
             "x",
         ])
         .status()
-        .expect("bpftool is installed");
+        .expect("bpftool runs: `hack/setup lab` installs it");
     assert!(made.success());
     match Datapath::open(bpffs.path()) {
         Err(Error::ForeignMap { path, what, found, .. }) => {
@@ -98,6 +101,7 @@ fn a_foreign_map_under_our_name_is_named() {
 }
 
 #[test]
+#[cfg_attr(no_programs, ignore = "built without the kernel side: hack/setup build")]
 fn a_folder_that_is_no_bpffs_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let error = Datapath::open(dir.path()).err().expect("an error");
@@ -105,6 +109,7 @@ fn a_folder_that_is_no_bpffs_is_named() {
 }
 
 #[test]
+#[cfg_attr(no_programs, ignore = "built without the kernel side: hack/setup build")]
 fn a_newer_layout_is_left_alone() {
     let bpffs = Bpffs::new();
     std::fs::create_dir_all(bpffs.path().join("keelway/v99")).unwrap();
