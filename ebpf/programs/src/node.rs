@@ -84,13 +84,17 @@ pub fn from_tunnel(
     service::arrive(skb, packet, node, Client::Pod, now, account)
 }
 
-/// A packet from the network does not come from a pod of this node, nor, where there is a tunnel, of any.
+/// A packet from the network does not come from this node (whom no rule holds off), nor from one of its pods, nor, where there is a
+/// tunnel, from any.
 #[inline(always)]
 pub fn genuine(node: &NodeConfig, packet: &Packet) -> Result<(), Reason> {
     if endpoint(&packet.tuple.src).is_some() {
         return Err(Reason::SpoofedSource);
     }
     let who = identity_of(&packet.tuple.src);
+    if who == identity::HOST {
+        return Err(Reason::SpoofedSource);
+    }
     if node.flags & node_flags::VXLAN != 0 && (who == identity::UNKNOWN_POD || who >= identity::FIRST_POD) {
         return Err(Reason::UntunnelledPod);
     }

@@ -177,6 +177,10 @@ fn ipv6(skb: Skb, l3: u32) -> Result<Packet, Reason> {
         v6: true,
         ..Packet::EMPTY
     };
+    // On the wire they are nobody's, and here they would pass for addresses of the other family.
+    if packet.tuple.src.is_v4() || packet.tuple.dst.is_v4() {
+        return Err(Reason::Malformed);
+    }
     let mut next = ip.next;
     let (mut offset, mut more, mut id) = (0u16, false, 0u32);
     // RFC 8200 lists four kinds of extension header that may stand before the transport's.

@@ -87,12 +87,8 @@ fn open(
             count(account.hook, Reason::Translated, skb.len());
         }
     }
-    if packet.tuple.proto == UDP && node.vxlan_port == packet.tuple.dport && node.flags & node_flags::VXLAN != 0 {
-        // A pod that could write to the tunnel's port could speak for any other.
-        let who = identity_of(&packet.tuple.dst);
-        if who == identity::HOST || who == identity::REMOTE_NODE {
-            return Err(Reason::TunnelFromPod);
-        }
+    if service::is_for_a_tunnel(packet, node) {
+        return Err(Reason::TunnelFromPod);
     }
     match ct::find_for(&packet.tuple, scope::OUT, Way::Forward, sender, now) {
         Some(flow) if flow.dialled().unwrap_or_default() == dialled => {
@@ -109,6 +105,10 @@ fn open(
 #[inline(never)]
 fn related(skb: Skb, packet: &mut Packet, sender: &Endpoint, now: u64) -> Result<bool, Reason> {
     let received = parse::inner(skb, packet)?;
+    // It goes to who sent that packet: no rule is asked about it, so that it may go to nobody else.
+    if received.tuple.src != packet.tuple.dst {
+        return Ok(false);
+    }
     if let Some(flow) = ct::find_for(&received.tuple, scope::IN, Way::Forward, sender, now) {
         if let Some((addr, port)) = flow.dialled() {
             rewrite::inner(skb, packet, received, Side::Destination, addr, port)?;

@@ -13,7 +13,7 @@ use crate::ct::{self, Flow, Way};
 use crate::kernel::{Skb, lpm_get};
 use crate::lb::{self, Asked, Client, Outcome};
 use crate::maps::TUNNELS;
-use crate::parse::{self, Packet};
+use crate::parse::{self, Packet, UDP};
 use crate::pod::endpoint;
 use crate::policy::identity_of;
 use crate::rewrite::{self, Side};
@@ -41,6 +41,22 @@ fn translate(skb: Skb, packet: &mut Packet, now: u64, account: &mut Account) -> 
     Ok(outcome)
 }
 
+/// A pod, or a client of a Service, that could write to a tunnel's port in a node's name could speak for any pod. Not every address
+/// of a node is known as one, and what goes to the outside takes this node's: only other pods may be written to at that port.
+#[inline(always)]
+pub fn is_for_a_tunnel(packet: &Packet, node: &NodeConfig) -> bool {
+    packet.tuple.proto == UDP
+        && node.vxlan_port == packet.tuple.dport
+        && node.flags & node_flags::VXLAN != 0
+        && is_no_pod(&packet.tuple.dst)
+}
+
+#[inline(never)]
+fn is_no_pod(addr: &Addr) -> bool {
+    let who = identity_of(addr);
+    who != identity::UNKNOWN_POD && who < identity::FIRST_POD
+}
+
 /// A packet that may be for a Service, to its backend: a pod here, the host itself, or elsewhere.
 #[inline(always)]
 pub fn arrive(
@@ -65,6 +81,9 @@ pub fn arrive(
     }
     if let Some(receiver) = endpoint(&packet.tuple.dst) {
         return receive(skb, packet, receiver, now, account);
+    }
+    if is_for_a_tunnel(packet, node) {
+        return Err(Reason::TunnelFromPod);
     }
     let own = node_addr(node, packet.v6);
     if packet.tuple.dst == own {
