@@ -1,5 +1,5 @@
 # Thin names over cargo and the scripts of hack/; each target says what it does while it runs.
-.PHONY: help setup build test lint lab bench demo demo-cluster conformance-network cluster-programs kernels clean \
+.PHONY: help setup build test lint lab bench demo demo-cluster conformance-network conformance-storage cluster-programs kernels clean \
 	setup-build setup-lab setup-cluster
 .DEFAULT_GOAL := help
 
@@ -42,6 +42,10 @@ demo-cluster: cluster-programs ## the same on a real Kubernetes
 conformance-network: setup-lab setup-cluster build ## upstream's [sig-network] conformance specs on a real Kubernetes
 	@$(LAB) cluster build --suite
 	@hack/conformance-network
+
+conformance-storage: setup-lab setup-cluster build ## upstream's External.Storage suite against the volume driver on a real Kubernetes
+	@$(LAB) cluster build --suite
+	@hack/conformance-storage
 
 kernels: setup ## load and run the data plane on Debian's 6.1 and 6.12 kernels under QEMU
 	@cargo xtask kernels

@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use keelway_lab::cluster::{self, Cluster, conformance, programs};
+use keelway_lab::cluster::conformance::{self, Fate};
+use keelway_lab::cluster::{self, Cluster, programs, storage};
 use keelway_lab::enter::Enter;
 use keelway_lab::standalone::{self, Standalone};
 use keelway_lab::{Host, Lab, bench, boot, clean, demo, enter, netns};
@@ -49,8 +50,13 @@ enum Command {
     /// The same story on a real Kubernetes.
     DemoCluster,
     /// A real Kubernetes in the lab.
-    #[command(subcommand)]
-    Cluster(ClusterCommand),
+    Cluster {
+        /// The cluster's name: several may be up.
+        #[arg(long, default_value = cluster::ID)]
+        id: String,
+        #[command(subcommand)]
+        command: ClusterCommand,
+    },
     /// Remove what a crashed run left behind (with --all, running labs too).
     Clean {
         /// Remove every lab, also those in use.
@@ -102,7 +108,11 @@ enum ClusterCommand {
         argv: Vec<String>,
     },
     /// Install Keelway, from this workspace's programs and manifests, and CoreDNS.
-    Install,
+    Install {
+        /// Also what snapshots need: upstream's definitions and snapshot-controller, and our csi-snapshotter.
+        #[arg(long)]
+        snapshots: bool,
+    },
     /// Import an image archive on every node.
     Load {
         /// The archives.
@@ -116,6 +126,12 @@ enum ClusterCommand {
         /// All Services, DNS and proxy specs that need no cloud (tests/cluster/network-specs.txt), conformance included.
         #[arg(long, conflicts_with = "focus")]
         services: bool,
+    },
+    /// Run upstream's External.Storage suite against the CSI driver.
+    ConformanceStorage {
+        /// A regular expression: only specs that match it, too.
+        #[arg(long, value_name = "REGEX", default_value = storage::FOCUS)]
+        focus: String,
     },
     /// Remove the cluster.
     Down,
@@ -140,7 +156,7 @@ fn run(command: Command) -> Result<i32> {
         Command::BenchCni(calls) => calls.run()?,
         Command::BenchTurns(turns) => turns.run()?,
         Command::DemoCluster => return Ok(i32::from(!cluster::demo::run()?)),
-        Command::Cluster(command) => return cluster(command),
+        Command::Cluster { id, command } => return cluster(&id, command),
         Command::Clean { all } => {
             for id in clean::leftovers(all)? {
                 clean::remove(&id)?;
@@ -185,38 +201,41 @@ fn exec(lab: &Lab, name: &str, argv: &[String]) -> Result<i32> {
     Ok(host.command(argv)?.status()?.code().unwrap_or(1))
 }
 
-fn cluster(command: ClusterCommand) -> Result<i32> {
+fn cluster(id: &str, command: ClusterCommand) -> Result<i32> {
     match command {
         ClusterCommand::Build { suite } => {
             programs::build(programs::CLUSTER)?;
             programs::build(if suite { programs::SUITE } else { &[] })?;
         }
         ClusterCommand::Up { nodes } => {
-            let cluster = Cluster::up(cluster::ID, nodes)?;
+            let cluster = Cluster::up(id, nodes)?;
             print!("{}", cluster.kubectl(&["get", "nodes", "-o", "wide"])?);
             cluster.lab.keep()?;
         }
         ClusterCommand::Kubectl { args } => {
-            let cluster = Cluster::open(cluster::ID)?;
+            let cluster = Cluster::open(id)?;
             let args: Vec<&str> = args.iter().map(String::as_str).collect();
             let status = cluster.control_plane.command(&cluster.kubectl_argv(&args))?.status()?;
             return Ok(status.code().unwrap_or(1));
         }
-        ClusterCommand::Exec { host, argv } => return exec(&Lab::open(cluster::ID)?, &host, &argv),
-        ClusterCommand::Install => {
-            let cluster = Cluster::open(cluster::ID)?;
+        ClusterCommand::Exec { host, argv } => return exec(&Lab::open(id)?, &host, &argv),
+        ClusterCommand::Install { snapshots } => {
+            let cluster = Cluster::open(id)?;
             cluster::install::keelway(&cluster)?;
             cluster::demo::ready(&cluster)?;
             cluster::install::coredns(&cluster)?;
+            if snapshots {
+                cluster::install::snapshots(&cluster)?;
+            }
         }
         ClusterCommand::Load { archives } => {
-            let cluster = Cluster::open(cluster::ID)?;
+            let cluster = Cluster::open(id)?;
             for archive in archives {
                 cluster.import(&archive.canonicalize()?)?;
             }
         }
         ClusterCommand::Conformance { focus, services } => {
-            let cluster = Cluster::open(cluster::ID)?;
+            let cluster = Cluster::open(id)?;
             let (outcome, name, flag) = if services {
                 (conformance::run_services(&cluster)?, "conformance-services", " --services".to_owned())
             } else if focus == conformance::NETWORK {
@@ -227,7 +246,19 @@ fn cluster(command: ClusterCommand) -> Result<i32> {
             let all = conformance::report(name, &format!("hack/conformance-network{flag}"), &outcome)?;
             return Ok(i32::from(!all));
         }
-        ClusterCommand::Down => clean::remove(cluster::ID)?,
+        ClusterCommand::ConformanceStorage { focus } => {
+            let cluster = Cluster::open(id)?;
+            let outcome = storage::explained(storage::run(&cluster, &focus)?)?;
+            let command = match focus == storage::FOCUS {
+                true => "hack/conformance-storage".to_owned(),
+                false => format!("hack/conformance-storage --focus '{focus}'"),
+            };
+            let name = if focus == storage::FOCUS { "conformance-storage" } else { "conformance" };
+            conformance::report(name, &command, &outcome)?;
+            let failed = outcome.values().any(|fate| matches!(fate, Fate::Ended(state) if state != "passed"));
+            return Ok(i32::from(failed || outcome.is_empty()));
+        }
+        ClusterCommand::Down => clean::remove(id)?,
     }
     Ok(0)
 }

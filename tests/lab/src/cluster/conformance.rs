@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{Cluster, programs};
+use crate::sh;
 
 /// The specs that every cluster's network has to pass.
 pub const NETWORK: &str = r"\[sig-network\].*\[Conformance\]";
@@ -24,7 +25,7 @@ pub enum Fate {
 }
 
 impl Fate {
-    fn passed(&self) -> bool {
+    pub(super) fn passed(&self) -> bool {
         matches!(self, Self::Ended(state) if state == "passed")
     }
 }
@@ -75,7 +76,7 @@ impl Sorted {
 
 /// Runs the specs that match and returns what became of each. Progress goes to this program's output.
 pub fn run(cluster: &Cluster, focus: &str) -> Result<Outcome> {
-    let wanted = dry(cluster, focus)?;
+    let wanted = dry(cluster, focus, &[])?;
     println!("{} specs match {focus}", wanted.len());
     finish(cluster, focus, wanted)
 }
@@ -83,7 +84,7 @@ pub fn run(cluster: &Cluster, focus: &str) -> Result<Outcome> {
 /// Runs the Services, DNS and proxy specs: the [Conformance] ones and those that `network-specs.txt` has under "run".
 pub fn run_services(cluster: &Cluster) -> Result<Outcome> {
     let sorted = Sorted::read(SPECS)?;
-    let all = dry(cluster, r"\[sig-network\]")?;
+    let all = dry(cluster, r"\[sig-network\]", &[])?;
     sorted.check(&all)?;
     let conformance = all.into_iter().filter(|spec| spec.contains("[Conformance]"));
     let wanted: BTreeSet<String> = conformance.chain(sorted.run).collect();
@@ -95,32 +96,35 @@ pub fn run_services(cluster: &Cluster) -> Result<Outcome> {
 }
 
 /// As a regular expression that matches this text only.
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     let special = |c: char| r"\.+*?()|[]{}^$".contains(c);
     text.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
 /// The specs that match, as the suite itself would run them.
-fn dry(cluster: &Cluster, focus: &str) -> Result<BTreeSet<String>> {
+pub(super) fn dry(cluster: &Cluster, focus: &str, flags: &[String]) -> Result<BTreeSet<String>> {
     if let Some(reason) = programs::missing(programs::SUITE) {
         bail!(reason);
     }
     let dir = cluster.lab.dir.join("suite");
     fs::create_dir_all(&dir)?;
     let report = dir.join("dry.json");
-    suite(cluster, focus, &report, &["--ginkgo.dry-run"], false)?;
+    let flags = [flags, &["--ginkgo.dry-run".to_owned()]].concat();
+    let mut command = cluster.control_plane.command(&suite(cluster, focus, &report, &flags))?;
+    sh::checked(&mut command)?;
     let matching = specs(&report)?.into_iter().filter(|spec| spec.state != "skipped");
     Ok(matching.map(|spec| spec.name).collect())
 }
 
 fn finish(cluster: &Cluster, focus: &str, wanted: BTreeSet<String>) -> Result<Outcome> {
     let report = cluster.lab.dir.join("suite/run.json");
-    // A failed spec makes the suite's exit status 1; what counts is its report.
-    let ended = suite(cluster, focus, &report, &[], true);
-    let mut found: BTreeMap<String, Spec> = match specs(&report) {
-        Ok(specs) => specs.into_iter().map(|spec| (spec.name.clone(), spec)).collect(),
-        Err(error) => return Err(ended.err().unwrap_or(error)),
-    };
+    let ended = cluster.control_plane.command(&suite(cluster, focus, &report, &[]))?.status()?;
+    fates(&report, wanted).with_context(|| format!("the suite ended with {ended}"))
+}
+
+/// What became of each of these specs. A failed one makes the suite's exit status 1: what counts is its report.
+pub(super) fn fates(report: &Path, wanted: BTreeSet<String>) -> Result<Outcome> {
+    let mut found: BTreeMap<String, Spec> = specs(report)?.into_iter().map(|spec| (spec.name.clone(), spec)).collect();
     let mut fate = |name: &str| match found.remove(name) {
         Some(spec) if spec.state != "skipped" => Fate::Ended(spec.state),
         Some(spec) if !spec.words.is_empty() => Fate::Skipped(spec.words),
@@ -129,7 +133,8 @@ fn finish(cluster: &Cluster, focus: &str, wanted: BTreeSet<String>) -> Result<Ou
     Ok(wanted.into_iter().map(|name| (name.clone(), fate(&name))).collect())
 }
 
-fn suite(cluster: &Cluster, focus: &str, report: &Path, more: &[&str], loud: bool) -> Result<()> {
+/// The suite's command line.
+pub(super) fn suite(cluster: &Cluster, focus: &str, report: &Path, flags: &[String]) -> Vec<String> {
     let mut argv = vec![
         cluster.bin.join("e2e.test").to_string_lossy().into_owned(),
         format!("--kubeconfig={}", cluster.kubeconfig().display()),
@@ -139,14 +144,8 @@ fn suite(cluster: &Cluster, focus: &str, report: &Path, more: &[&str], loud: boo
         format!("--ginkgo.focus={focus}"),
         format!("--ginkgo.json-report={}", report.display()),
     ];
-    argv.extend(more.iter().map(|&flag| flag.to_owned()));
-    if loud {
-        let status = cluster.control_plane.command(&argv)?.status()?;
-        anyhow::ensure!(status.success(), "the suite ended with {status}");
-    } else {
-        cluster.control_plane.run(&argv)?;
-    }
-    Ok(())
+    argv.extend_from_slice(flags);
+    argv
 }
 
 /// One spec of a Ginkgo report.

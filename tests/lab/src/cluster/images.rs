@@ -10,12 +10,18 @@ use crate::sh;
 
 /// CoreDNS.
 pub const COREDNS: &str = "registry.k8s.io/coredns/coredns:v1.15.0";
-const CSI_PROVISIONER: &str = "registry.k8s.io/sig-storage/csi-provisioner:v6.3.0";
+/// Upstream's programs beside a CSI driver, with the tags that deploy/ names.
+const SIDECARS: [(&str, &str); 4] = [
+    ("csi-provisioner", "v6.3.0"),
+    ("csi-resizer", "v2.2.0"),
+    ("csi-snapshotter", "v8.6.0"),
+    ("snapshot-controller", "v8.6.0"),
+];
 const BUSYBOX: &str = "registry.k8s.io/e2e-test-images/busybox:1.37.0-1";
 const DNS_TESTING: &str = "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.0.0";
 const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.63.0";
 
-/// Writes an archive for each image whose programs are there: those of [`basic_images`], CoreDNS, the CSI provisioner
+/// Writes an archive for each image whose programs are there: those of [`basic_images`], CoreDNS, the CSI sidecars
 /// and, with the suite's agnhost built, what the suite asks for.
 pub fn write(bin: &Path, dir: &Path) -> Result<Vec<PathBuf>> {
     let mut archives = basic_images(dir)?;
@@ -56,9 +62,9 @@ pub fn write(bin: &Path, dir: &Path) -> Result<Vec<PathBuf>> {
             .text("/localhost.crt", &fs::read_to_string(&certificate)?);
         add("agnhost", image)?;
     }
-    if bin.join("csi-provisioner").exists() {
-        let program = bin.join("csi-provisioner");
-        add("csi-provisioner", Image::new(CSI_PROVISIONER, &["/csi-provisioner"]).file(&program, "/csi-provisioner")?)?;
+    for (name, tag) in SIDECARS.into_iter().filter(|(name, _)| bin.join(name).exists()) {
+        let (reference, target) = (format!("registry.k8s.io/sig-storage/{name}:{tag}"), format!("/{name}"));
+        add(name, Image::new(&reference, &[&target]).file(&bin.join(name), &target)?)?;
     }
     Ok(archives)
 }

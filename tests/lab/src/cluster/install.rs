@@ -2,7 +2,7 @@
 use anyhow::{Context, Result};
 
 use super::Cluster;
-use super::programs::root;
+use super::programs::{self, root};
 use crate::image::Image;
 use crate::sh;
 
@@ -26,6 +26,16 @@ pub fn keelway(cluster: &Cluster) -> Result<()> {
     cluster.import(&archive)?;
     let rendered = cluster.kubectl(&["kustomize", &root().join("deploy").to_string_lossy()])?;
     cluster.apply(&fit(&rendered, &cluster.server())?)
+}
+
+/// Applies upstream's snapshot definitions, its snapshot-controller and our csi-snapshotter, and waits for both.
+pub fn snapshots(cluster: &Cluster) -> Result<()> {
+    cluster.apply_kustomization(&programs::snapshot_definitions()?)?;
+    cluster.apply_kustomization(&root().join("deploy/snapshots"))?;
+    for name in ["deployment/snapshot-controller", "daemonset/keelway-csi-snapshotter"] {
+        cluster.kubectl(&["-n", "kube-system", "rollout", "status", name, "--timeout=120s"])?;
+    }
+    Ok(())
 }
 
 /// The manifests with this lab's one fact filled in, as the ConfigMap's comments ask: the API server's real address.

@@ -7,6 +7,7 @@ pub mod install;
 pub mod kubelet;
 mod pki;
 pub mod programs;
+pub mod storage;
 
 use std::fs;
 use std::io::Write;
@@ -125,6 +126,11 @@ impl Cluster {
         let output = child.wait_with_output()?;
         ensure!(output.status.success(), "kubectl apply: {}", sh::words(&output));
         Ok(())
+    }
+
+    /// Applies what a directory with a kustomization.yaml brings.
+    pub fn apply_kustomization(&self, dir: &Path) -> Result<()> {
+        self.kubectl(&["apply", "--server-side", "-k", &dir.to_string_lossy()]).map(drop)
     }
 
     /// Imports an image archive on every node.

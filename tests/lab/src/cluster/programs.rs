@@ -162,6 +162,14 @@ fn stamp(set: &str) -> Result<String> {
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// The directory with upstream's definitions of snapshots, in the module that csi-snapshotter is built from.
+pub fn snapshot_definitions() -> Result<PathBuf> {
+    let module = "github.com/kubernetes-csi/external-snapshotter/client/v8";
+    sh::checked(go("csi")?.args(["mod", "download", module]))?;
+    let dir = sh::checked(go("csi")?.args(["list", "-m", "-f", "{{.Dir}}", module]))?;
+    Ok(PathBuf::from(dir.trim()).join("config/crd"))
+}
+
 fn tools() -> PathBuf {
     root().join("tests/cluster/tools")
 }
