@@ -50,8 +50,30 @@ pub enum Error {
         /// The id as it came, cut to a printable length.
         id: String,
     },
-    /// A volume of this name exists and differs from what is asked for.
-    #[error("name: volume {name:?} exists with {has}, asked for was {asked}")]
+    /// No snapshot has this id; also the answer to an id that this driver cannot have issued.
+    #[error("snapshot_id: no snapshot {id:?} here")]
+    NoSuchSnapshot {
+        /// The id as it came, cut to a printable length.
+        id: String,
+    },
+    /// No group of snapshots has this id.
+    #[error("group_snapshot_id: no group {id:?} here")]
+    NoSuchGroup {
+        /// The id as it came, cut to a printable length.
+        id: String,
+    },
+    /// The volume's backend cannot do what is asked for.
+    #[error("{what}: the {backend} backend cannot; {why}")]
+    Unsupported {
+        /// What was asked for.
+        what: &'static str,
+        /// The backend.
+        backend: &'static str,
+        /// Why, or what can.
+        why: String,
+    },
+    /// A volume or snapshot of this name exists and differs from what is asked for.
+    #[error("name: {name:?} exists with {has}, asked for was {asked}")]
     Exists {
         /// The volume's name.
         name: String,
@@ -136,13 +158,25 @@ pub enum Error {
         /// Where.
         path: PathBuf,
     },
-    /// mkfs did not succeed.
+    /// The storage does not answer; only this volume's callers wait for it.
+    #[error("volume {id} does not answer: {what} for {seconds} s now")]
+    Hung {
+        /// The volume.
+        id: VolumeId,
+        /// What is being waited for.
+        what: &'static str,
+        /// For how long.
+        seconds: u64,
+    },
+    /// mkfs, or another program of a filesystem, did not succeed.
     #[error("{program} failed on volume {id}: {output}")]
     Mkfs {
         /// The program.
         program: &'static str,
         /// The volume.
         id: VolumeId,
+        /// Its exit code, when it ended by itself.
+        code: Option<i32>,
         /// The end of what it said.
         output: String,
     },
@@ -175,10 +209,14 @@ impl Error {
         match self {
             Self::Missing { .. } | Self::Invalid { .. } | Self::UnknownParameter { .. } => Code::InvalidArgument,
             Self::OutOfRange { .. } => Code::OutOfRange,
-            Self::NoSuchVolume { .. } | Self::NotFound { .. } => Code::NotFound,
+            Self::NoSuchVolume { .. }
+            | Self::NoSuchSnapshot { .. }
+            | Self::NoSuchGroup { .. }
+            | Self::NotFound { .. } => Code::NotFound,
             Self::Exists { .. } | Self::PublishedOtherwise { .. } => Code::AlreadyExists,
             Self::Busy { .. } | Self::BadToken { .. } => Code::Aborted,
-            Self::InUse { .. } | Self::State { .. } => Code::FailedPrecondition,
+            Self::InUse { .. } | Self::State { .. } | Self::Unsupported { .. } => Code::FailedPrecondition,
+            Self::Hung { .. } => Code::Unavailable,
             Self::NoSpace { .. } | Self::WrongTopology { .. } => Code::ResourceExhausted,
             Self::Damaged { .. } => Code::DataLoss,
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Code::ResourceExhausted,

@@ -26,6 +26,7 @@ pub mod sys;
 #[allow(missing_docs, clippy::all)]
 pub mod csi {
     tonic::include_proto!("csi.v1");
+    include!(concat!(env!("OUT_DIR"), "/redacted.rs"));
 }
 
 /// The kubelet's plugin registration API.

@@ -10,12 +10,17 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use keelway_csi::LOCAL_DRIVER;
 use keelway_csi::csi::controller_server::ControllerServer;
+use keelway_csi::csi::group_controller_server::GroupControllerServer;
 use keelway_csi::csi::identity_server::IdentityServer;
 use keelway_csi::csi::node_server::NodeServer;
-use keelway_csi::ops::Volumes;
+use keelway_csi::model::BackendKind;
+use keelway_csi::ops::{Places, Volumes};
 use keelway_csi::registration::registration_server::RegistrationServer;
 use keelway_csi::server::{Socket, socket_path};
-use keelway_csi::service::{ControllerService, IdentityService, NodeService, RegistrationService, Shared};
+use keelway_csi::service::{
+    ControllerService, GroupService, IdentityService, NodeService, RegistrationService, Shared,
+};
+use keelway_csi::sys::freeze;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 use tonic::transport::Server;
@@ -45,9 +50,18 @@ struct Flags {
     /// This node's name; the host's name when absent
     #[arg(long, env = "NODE_NAME")]
     node_name: Option<String>,
-    /// How many mkfs may run at a time
+    /// Backends that StorageClasses may name
+    #[arg(long, value_delimiter = ',', default_value = "image")]
+    backends: Vec<BackendKind>,
+    /// Whole devices for the raw backend, by a path that stays, as in /dev/disk/by-id
+    #[arg(long, value_delimiter = ',')]
+    raw_devices: Vec<PathBuf>,
+    /// How many mkfs and copies may run at a time
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     format_slots: u32,
+    /// The most volumes that pods of this node may use; 0 for no limit
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i64).range(0..=100_000))]
+    max_volumes: i64,
     /// Do not register with the kubelet (for use without one)
     #[arg(long)]
     no_registration: bool,
@@ -66,11 +80,14 @@ enum Driver {
 }
 
 /// Blocking operations at a time; more wait their turn. Each volume has one at most.
-const BLOCKING_THREADS: usize = 32;
+const BLOCKING_THREADS: usize = 256;
 /// How long operations may take to end after SIGTERM, in seconds. The kubelet kills after 30.
 const STOP_WITHIN: Duration = Duration::from_secs(25);
 
 fn main() -> anyhow::Result<()> {
+    if std::env::args_os().nth(1).is_some_and(|first| first == freeze::HELPER) {
+        std::process::exit(freeze::helper());
+    }
     // Sockets are for root alone from the moment they are bound.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     tracing_subscriber::fmt()
@@ -104,7 +121,14 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     }
 
     // State first, sockets last: nobody can ask for anything before recovery is over.
-    let (volumes, open) = Volumes::open(&flags.state_dir, &flags.pool_dir, &flags.kubelet_dir)?;
+    let places = Places {
+        state_dir: flags.state_dir,
+        pool_dir: flags.pool_dir,
+        kubelet_dir: flags.kubelet_dir.clone(),
+        backends: flags.backends,
+        devices: flags.raw_devices,
+    };
+    let (volumes, open) = Volumes::open(&places)?;
     let report = volumes.recover(open)?;
     report.healed.iter().for_each(|what| tracing::info!("recovered: {what}"));
     report.left.iter().for_each(|what| tracing::warn!("found: {what}"));
@@ -113,8 +137,10 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         volumes: Arc::new(volumes),
         node: node.as_str().into(),
         kubelet_dir: flags.kubelet_dir.as_path().into(),
-        format_slots: Arc::new(Semaphore::new(flags.format_slots as usize)),
+        long_slots: Arc::new(Semaphore::new(flags.format_slots as usize)),
+        max_volumes: flags.max_volumes,
     };
+    let features = shared.volumes.features();
     let (stop, stopping) = watch::channel(false);
     let stopped = |mut stopping: watch::Receiver<bool>| async move {
         // An error means that the sender is gone, which is a stop as well.
@@ -123,9 +149,13 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     let serves = |mode| flags.mode == mode || flags.mode == Mode::All;
     let mut socket = Socket::listen(&endpoint)?;
     let server = Server::builder()
-        .add_service(IdentityServer::new(IdentityService { controller: serves(Mode::Controller) }))
+        .add_service(IdentityServer::new(IdentityService { controller: serves(Mode::Controller), features }))
         .add_optional_service(
             serves(Mode::Controller).then(|| ControllerServer::new(ControllerService(shared.clone()))),
+        )
+        .add_optional_service(
+            (serves(Mode::Controller) && features.snapshots)
+                .then(|| GroupControllerServer::new(GroupService(shared.clone()))),
         )
         .add_optional_service(serves(Mode::Node).then(|| NodeServer::new(NodeService(shared.clone()))))
         .serve_with_incoming_shutdown(socket.incoming(), stopped(stopping.clone()));

@@ -2,7 +2,8 @@
 //!
 //! An image is made without a name, filled, marked with its nonce and synced before it is linked: a crash leaves either
 //! nothing or a whole image. It is only ever opened below the pool's descriptor, and what was opened is compared with
-//! the record (inode, nonce, size) before it is used.
+//! the record (inode, nonce, size) before it is used. Snapshots are files of the same kind. They share blocks with the
+//! image where the pool's filesystem can (XFS, btrfs), and are copies where it cannot.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -10,51 +11,109 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, FlockOperation, XattrFlags, fallocate, fgetxattr, flock, fsetxattr};
+use rustix::fs::{FallocateFlags, FlockOperation, IFlags, fallocate, flock};
 use rustix::io::Errno;
 
-use super::pool::Pool;
-use super::{Attached, Backend, Locked, SETTLE};
+use super::pool::{MARGIN, Pool, nonce_of, set_nonce};
+use super::{Attached, Backend, Features, GoOn, Locked, New, Origin, SETTLE, damaged, inode_of};
 use crate::error::{Context, Error, Result};
-use crate::model::{Allocation, FsType, MountOptions, Nonce, Record, VolumeId};
+use crate::model::{
+    Allocation, BackendKind, Content, FsType, MountOptions, Mutable, Nonce, Record, Snapshot, SnapshotId, VolumeId,
+};
+use crate::state::Store;
 use crate::sys::loopdev::{Binding, LoopDevice, wait_gone};
 use crate::sys::mount::{self, Detached};
-use crate::sys::{Dev, mkfs};
-
-/// The nonce on an image. `trusted.` attributes are for privileged processes only.
-const XATTR: &str = "trusted.keelway.nonce";
-/// Bytes of the pool that are never promised: directories and extents need some too.
-const MARGIN: u64 = 64 << 20;
+use crate::sys::mountinfo::{self, Mount};
+use crate::sys::target::Found;
+use crate::sys::{copy, mkfs};
 
 /// The image backend.
 #[derive(Clone, Debug)]
-pub struct Images(Arc<Pool>);
+pub struct Images {
+    pool: Arc<Pool>,
+    /// Whether files of the pool can share blocks.
+    shares: bool,
+}
 
 impl Images {
-    /// Opens the pool directory that belongs to a state directory; `fresh` marks a new one.
+    /// Images in this pool. What its filesystem can is tried out.
     ///
     /// # Errors
-    /// [`Error::State`] when they do not belong together; [`Error::Io`].
-    pub fn open(pool_dir: &Path, state_dir: &Path, fresh: &Nonce) -> Result<Self> {
-        Pool::open(pool_dir, state_dir, fresh).map(|pool| Self(Arc::new(pool)))
+    /// [`Error::Io`].
+    pub fn new(pool: Arc<Pool>) -> Result<Self> {
+        let (from, to) = (pool.unnamed()?, pool.unnamed()?);
+        from.set_len(4096).context(|| "try out whether blocks can be shared")?;
+        let shares = copy::share(&from, &to).context(|| "try out whether blocks can be shared")?;
+        Ok(Self { pool, shares })
     }
 
     fn verified(&self, record: &Record) -> Result<File> {
-        let damaged =
-            |what, expected: String, found: String| Error::Damaged { id: record.id.clone(), what, expected, found };
-        let file = self.0.open_file(&name(&record.id))?;
-        let file = file.ok_or_else(|| damaged("image", name(&record.id), "no such file in the pool".into()))?;
-        let meta = file.metadata().context(|| format!("stat the image of {}", record.id))?;
-        if !meta.is_file() || meta.ino() != record.inode {
-            return Err(damaged("inode", record.inode.to_string(), meta.ino().to_string()));
-        }
-        if nonce_of(&file, &record.id)?.as_ref() != Some(&record.nonce) {
-            return Err(damaged("nonce", "the record's".into(), "another one, or none".into()));
-        }
-        if meta.len() != record.size {
-            return Err(damaged("size", record.size.to_string(), meta.len().to_string()));
+        let id = &record.id;
+        let file = self.open(&name(id), id, record.inode, &record.nonce)?;
+        let length = file.metadata().context(|| format!("stat the image of {id}"))?.len();
+        if !(record.size..=record.growing.unwrap_or(record.size)).contains(&length) {
+            return Err(damaged(id, "size", record.size, length));
         }
         Ok(file)
+    }
+
+    fn verified_snapshot(&self, snapshot: &Snapshot) -> Result<File> {
+        self.open(&snapshot_name(&snapshot.id), &snapshot.volume, snapshot.inode, &snapshot.nonce)
+    }
+
+    fn open(&self, name: &str, id: &VolumeId, inode: u64, nonce: &Nonce) -> Result<File> {
+        let file = self.pool.open_file(name)?;
+        let file = file.ok_or_else(|| damaged(id, "image", name, "no such file in the pool"))?;
+        let meta = file.metadata().context(|| format!("stat {name}"))?;
+        if !meta.is_file() || meta.ino() != inode {
+            return Err(damaged(id, "inode", inode, meta.ino()));
+        }
+        if nonce_of(&file, name)?.as_ref() != Some(nonce) {
+            return Err(damaged(id, "nonce", "the record's", "another one, or none"));
+        }
+        Ok(file)
+    }
+
+    /// Makes a file of the pool, whole and durable before it has a name.
+    fn make(&self, name: &str, nonce: &Nonce, fill: impl FnOnce(&File) -> Result<()>) -> Result<u64> {
+        let file = self.pool.unnamed()?;
+        if self.pool.is_btrfs() {
+            // Blocks that are written to again and again in place, and that fallocate keeps.
+            let flags = rustix::fs::ioctl_getflags(&file).context(|| format!("look at {name}"))?;
+            rustix::fs::ioctl_setflags(&file, flags | IFlags::NOCOW).context(|| format!("set flags of {name}"))?;
+        }
+        fill(&file)?;
+        set_nonce(&file, nonce, name)?;
+        file.sync_all().context(|| format!("sync {name}"))?;
+        let inode = inode_of(&file, name)?;
+        self.pool.link(&file, name)?;
+        Ok(inode)
+    }
+
+    fn fill(&self, from: &File, to: &File, name: &str, go_on: GoOn<'_>) -> Result<()> {
+        let length = from.metadata().context(|| format!("stat what {name} is made from"))?.len();
+        if self.shares && copy::share(from, to).context(|| format!("share blocks with {name}"))? {
+            return Ok(());
+        }
+        to.set_len(length).context(|| format!("size {name}"))?;
+        copy::copy(from, to, length, go_on).context(|| format!("copy to {name}"))
+    }
+
+    fn remove(&self, name: &str, id: &VolumeId, nonce: &Nonce) -> Result<bool> {
+        let Some(file) = self.pool.open_file(name)? else { return Ok(false) };
+        if nonce_of(&file, name)?.as_ref() != Some(nonce) {
+            return Err(damaged(id, "nonce", "the record's", "another one, or none"));
+        }
+        if let Some(device) = find(&file)? {
+            return Err(Error::InUse { id: id.clone(), by: format!("{} is attached to it", device.path().display()) });
+        }
+        lock(&file, id)?;
+        self.pool.unlink(name)?;
+        Ok(true)
+    }
+
+    fn shared(&self, file: &File, name: &str) -> Result<u64> {
+        if self.shares { copy::shared_bytes(file).context(|| format!("ask what {name} shares")) } else { Ok(0) }
     }
 }
 
@@ -62,13 +121,8 @@ fn name(id: &VolumeId) -> String {
     format!("{id}.img")
 }
 
-fn nonce_of(file: &File, id: &VolumeId) -> Result<Option<Nonce>> {
-    let mut buffer = [0; 64];
-    match fgetxattr(file, XATTR, &mut buffer) {
-        Ok(length) => Ok(String::from_utf8_lossy(&buffer[..length]).into_owned().try_into().ok()),
-        Err(Errno::NODATA | Errno::RANGE) => Ok(None),
-        Err(error) => Err(Error::io(format!("read {XATTR} of the image of {id}"), error)),
-    }
+fn snapshot_name(id: &SnapshotId) -> String {
+    format!("{id}.snap")
 }
 
 fn lock(file: &File, id: &VolumeId) -> Result<()> {
@@ -84,50 +138,66 @@ fn find(file: &File) -> Result<Option<LoopDevice>> {
     LoopDevice::find(meta.dev(), meta.ino())
 }
 
+/// Brings a file to a size; what it has keeps.
 fn allocate(file: &File, size: u64, allocation: Allocation) -> Result<()> {
-    file.set_len(size).context(|| "size an image")?;
-    match allocation {
-        Allocation::Full => fallocate(file, FallocateFlags::empty(), 0, size).context(|| "allocate an image"),
-        Allocation::Sparse => Ok(()),
+    if allocation == Allocation::Full {
+        fallocate(file, FallocateFlags::empty(), 0, size).context(|| "allocate an image")?;
     }
+    file.set_len(size).context(|| "size an image")
 }
 
 impl Backend for Images {
-    fn available(&self, records: &[Record]) -> Result<u64> {
-        let mut free = self.0.free()?.saturating_sub(MARGIN);
-        for record in records {
-            // What a sparse image, or one with discarded blocks, may still come to need.
-            if let Some(file) = self.0.open_file(&name(&record.id))? {
-                let meta = file.metadata().context(|| format!("stat the image of {}", record.id))?;
-                free = free.saturating_sub(record.size.saturating_sub(meta.blocks() * 512));
-            }
-        }
-        Ok(free)
+    fn kind(&self) -> BackendKind {
+        BackendKind::Image
     }
 
-    fn create(&self, id: &VolumeId, nonce: &Nonce, size: u64, allocation: Allocation) -> Result<u64> {
-        let file = self.0.unnamed()?;
-        allocate(&file, size, allocation)?;
-        fsetxattr(&file, XATTR, nonce.as_str().as_bytes(), XattrFlags::CREATE)
-            .context(|| format!("set {XATTR} on the image of {id}"))?;
-        file.sync_all().context(|| format!("sync the image of {id}"))?;
-        let inode = file.metadata().context(|| format!("stat the image of {id}"))?.ino();
-        self.0.link(&file, &name(id))?;
-        Ok(inode)
+    fn store(&self) -> Store {
+        Store::Pool
+    }
+
+    fn features(&self) -> Features {
+        Features { snapshots: true, expand: true, modify: true }
+    }
+
+    fn free(&self) -> Result<u64> {
+        Ok(self.pool.free()?.saturating_sub(MARGIN))
+    }
+
+    fn outstanding(&self, record: &Record) -> Result<u64> {
+        let name = name(&record.id);
+        let Some(file) = self.pool.open_file(&name)? else { return Ok(0) };
+        let meta = file.metadata().context(|| format!("stat {name}"))?;
+        // What a sparse image, or one with discarded blocks, may still come to need.
+        let missing = record.growing.unwrap_or(record.size).saturating_sub(meta.blocks() * 512);
+        let shared = if record.source.is_some() { self.shared(&file, &name)? } else { 0 };
+        Ok(missing + shared)
+    }
+
+    fn outstanding_of(&self, snapshot: &Snapshot) -> Result<u64> {
+        // It never changes; but what it shares with an image, that may have to be copied.
+        let name = snapshot_name(&snapshot.id);
+        match self.pool.open_file(&name)? {
+            Some(file) => self.shared(&file, &name),
+            None => Ok(0),
+        }
+    }
+
+    fn create(&self, new: New<'_>, origin: Option<Origin<'_>>, go_on: GoOn<'_>) -> Result<u64> {
+        let name = name(new.id);
+        self.make(&name, new.nonce, |file| {
+            match origin {
+                Some(Origin::Snapshot(snapshot)) => {
+                    self.fill(&self.verified_snapshot(snapshot)?, file, &name, go_on)?;
+                }
+                Some(Origin::Volume(record)) => self.fill(&self.verified(record)?, file, &name, go_on)?,
+                None => {}
+            }
+            allocate(file, new.size, new.parameters.allocation)
+        })
     }
 
     fn erase(&self, id: &VolumeId, nonce: &Nonce) -> Result<bool> {
-        let Some(file) = self.0.open_file(&name(id))? else { return Ok(false) };
-        if nonce_of(&file, id)?.as_ref() != Some(nonce) {
-            let (expected, found) = ("the record's".into(), "another one, or none".into());
-            return Err(Error::Damaged { id: id.clone(), what: "nonce", expected, found });
-        }
-        if let Some(device) = find(&file)? {
-            return Err(Error::InUse { id: id.clone(), by: format!("{} is attached to it", device.path().display()) });
-        }
-        lock(&file, id)?;
-        self.0.unlink(&name(id))?;
-        Ok(true)
+        self.remove(&name(id), id, nonce)
     }
 
     fn check(&self, record: &Record) -> Result<()> {
@@ -142,7 +212,8 @@ impl Backend for Images {
 
     fn attached(&self, record: &Record) -> Result<Option<Box<dyn Attached>>> {
         let device = find(&self.verified(record)?)?;
-        Ok(device.map(|device| Box::new(AttachedImage(device)) as Box<dyn Attached>))
+        let btrfs = record.content == Content::Filesystem(FsType::Btrfs);
+        Ok(device.map(|device| Box::new(AttachedImage { device, btrfs }) as Box<dyn Attached>))
     }
 
     fn detach(&self, record: &Record) -> Result<()> {
@@ -153,7 +224,7 @@ impl Backend for Images {
         };
         // A filesystem's device goes by itself; a block volume's is told to.
         let meta = file.metadata().context(|| format!("stat the image of {}", record.id))?;
-        if record.content == crate::model::Content::Raw
+        if record.content == Content::Raw
             && let Some(device) = find(&file)?
         {
             device.unbind(SETTLE)?;
@@ -166,9 +237,47 @@ impl Backend for Images {
         Ok(())
     }
 
-    fn strays(&self, records: &[Record]) -> Result<Vec<String>> {
-        let known: std::collections::HashSet<String> = records.iter().map(|record| name(&record.id)).collect();
-        Ok(self.0.names()?.into_iter().filter(|name| !known.contains(name)).collect())
+    fn resize(&self, record: &Record, to: u64) -> Result<()> {
+        let file = self.verified(record)?;
+        allocate(&file, to, record.parameters.allocation)?;
+        file.sync_all().context(|| format!("sync the image of {}", record.id))
+    }
+
+    fn snapshots_at_once(&self) -> bool {
+        self.shares
+    }
+
+    fn snapshot(&self, record: &Record, id: &SnapshotId, nonce: &Nonce, go_on: GoOn<'_>) -> Result<u64> {
+        let (from, name) = (self.verified(record)?, snapshot_name(id));
+        self.make(&name, nonce, |file| self.fill(&from, file, &name, go_on))
+    }
+
+    fn erase_snapshot(&self, id: &SnapshotId, nonce: &Nonce) -> Result<bool> {
+        let name = snapshot_name(id);
+        let Some(file) = self.pool.open_file(&name)? else { return Ok(false) };
+        if nonce_of(&file, &name)?.as_ref() != Some(nonce) {
+            let (expected, found) = ("the record's".to_owned(), "another one, or none".to_owned());
+            return Err(Error::State { what: format!("the nonce of {name}"), expected, found });
+        }
+        self.pool.unlink(&name)?;
+        Ok(true)
+    }
+
+    fn check_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        let file = self.verified_snapshot(snapshot)?;
+        let length = file.metadata().context(|| format!("stat snapshot {}", snapshot.id))?.len();
+        if length < snapshot.size {
+            return Err(damaged(&snapshot.volume, "size of a snapshot", snapshot.size, length));
+        }
+        Ok(())
+    }
+
+    fn name(&self, id: &VolumeId) -> Option<String> {
+        Some(name(id))
+    }
+
+    fn snapshot_name(&self, id: &SnapshotId) -> Option<String> {
+        Some(snapshot_name(id))
     }
 }
 
@@ -181,17 +290,23 @@ struct LockedImage {
 impl LockedImage {
     fn device(&self, read_only: bool, autoclear: bool) -> Result<LoopDevice> {
         // One that is bound already must be used: two devices on one image would each have a cache of its own.
-        match find(&self.file)? {
-            Some(device) => Ok(device),
+        let device = match find(&self.file)? {
+            Some(device) => device,
             None => {
                 // Opened once more, since the device keeps what it is given, and would keep the lock with it.
                 let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
                 let file = File::options().read(true).write(true).open(path);
                 let file = file.context(|| format!("open the image of {} again", self.record.id))?;
-                LoopDevice::bind(&file, Binding { read_only, autoclear })
+                LoopDevice::bind(&file, Binding { read_only, autoclear })?
             }
-        }
+        };
+        tune(&device, &self.record.mutable)?;
+        Ok(device)
     }
+}
+
+fn tune(device: &LoopDevice, mutable: &Mutable) -> Result<()> {
+    mutable.read_ahead_kib.map_or(Ok(()), |kib| device.read_ahead(kib))
 }
 
 impl Locked for LockedImage {
@@ -203,14 +318,29 @@ impl Locked for LockedImage {
         self.file.sync_all().context(|| format!("sync the image of {}", self.record.id))
     }
 
-    fn format(&mut self, fs: FsType) -> Result<()> {
-        mkfs::run(&self.file, fs, &self.record.parameters, &self.record.id)?;
+    fn format(&mut self) -> Result<()> {
+        if let Some(fs) = self.record.content.filesystem() {
+            mkfs::run(&self.file, fs, &self.record.parameters, &self.record.id)?;
+        }
         self.file.sync_all().context(|| format!("sync the image of {}", self.record.id))
     }
 
-    fn mount(&mut self, fs: FsType, options: &MountOptions, read_only: bool) -> Result<Detached> {
+    fn grow(&mut self) -> Result<()> {
+        if let Some(device) = find(&self.file)? {
+            let by = format!("{} is attached to it", device.path().display());
+            return Err(Error::InUse { id: self.record.id.clone(), by });
+        }
+        mkfs::grow_ext4(&self.file, &self.record.id)?;
+        self.file.sync_all().context(|| format!("sync the image of {}", self.record.id))
+    }
+
+    fn mount(&mut self, options: &MountOptions, read_only: bool) -> Result<Detached> {
+        let Some(fs) = self.record.content.filesystem() else {
+            let (what, expected) = (format!("volume {}", self.record.id), "a filesystem".into());
+            return Err(Error::State { what, expected, found: self.record.content.to_string() });
+        };
         let device = self.device(read_only, true)?;
-        mount::filesystem(&device, fs, options, read_only)
+        mount::filesystem(&device.path(), device.dev(), fs, options, read_only)
     }
 
     fn attach(&mut self, read_only: bool) -> Result<()> {
@@ -218,35 +348,61 @@ impl Locked for LockedImage {
     }
 }
 
-struct AttachedImage(LoopDevice);
+struct AttachedImage {
+    device: LoopDevice,
+    /// A btrfs has a device number of its own, so that its mounts are known by their source.
+    btrfs: bool,
+}
+
+impl AttachedImage {
+    fn is_source(&self, mount: &Mount) -> bool {
+        self.btrfs && mount.fs_type == "btrfs" && Path::new(&mount.source) == self.device.path()
+    }
+}
 
 impl Attached for AttachedImage {
-    fn dev(&self) -> Dev {
-        self.0.dev()
+    fn is(&self, found: &Found) -> bool {
+        let Found::Mounted { fs, node, id, .. } = found else { return false };
+        let dev = self.device.dev();
+        let of_btrfs = || mountinfo::read().is_ok_and(|mounts| mounts.iter().any(|m| m.id == *id && self.is_source(m)));
+        *fs == dev || *node == dev || (self.btrfs && of_btrfs())
     }
 
-    fn root(&self) -> String {
-        self.0.root()
+    fn shows(&self, mount: &Mount) -> bool {
+        mount.dev == self.device.dev() || mount.is_node(&self.device.root()) || self.is_source(mount)
+    }
+
+    fn size(&self) -> Result<Option<u64>> {
+        self.device.size().map(Some)
+    }
+
+    fn take_size(&self) -> Result<()> {
+        self.device.take_size()
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.device.flush()
+    }
+
+    fn tune(&self, mutable: &Mutable) -> Result<()> {
+        tune(&self.device, mutable)
+    }
+
+    fn errors(&self) -> u64 {
+        // ext4 keeps count, over mounts, too.
+        let path = format!("/sys/fs/ext4{}/errors_count", self.device.root());
+        std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     }
 
     fn node(&self) -> Result<Detached> {
-        let path = self.0.path();
-        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::CLOEXEC;
-        let what = || format!("open {}", path.display());
-        let node = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).context(what)?;
-        let found = Dev::from_raw(rustix::fs::fstat(&node).context(what)?.st_rdev);
-        if found != self.dev() {
-            let (expected, found) = (format!("device {}", self.dev()), format!("device {found}"));
-            return Err(Error::State { what: path.display().to_string(), expected, found });
-        }
-        mount::bind(&node, false, &path)
+        mount::node(&self.device.path(), self.device.dev())
     }
 
     fn set_read_only(&self, read_only: bool) -> Result<()> {
-        self.0.set_read_only(read_only)
+        self.device.set_read_only(read_only)
     }
 
     fn read_only(&self) -> Result<bool> {
-        self.0.read_only()
+        self.device.read_only()
     }
 }

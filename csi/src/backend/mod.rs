@@ -1,124 +1,317 @@
-//! Where volumes' bytes live. One trait, one file a backend; only images so far.
+//! Where volumes' bytes live. One trait, one file a backend.
 
 mod image;
 mod pool;
 
 pub use image::Images;
+pub use pool::Pool;
 
+use std::fs::File;
 use std::time::Duration;
 
-use crate::error::Result;
-use crate::model::{Allocation, FsType, MountOptions, Nonce, Record, VolumeId};
-use crate::sys::Dev;
+use crate::error::{Error, Result};
+use crate::model::{
+    BackendKind, Content, MountOptions, Mutable, Nonce, Parameters, Record, Snapshot, SnapshotId, VolumeId,
+};
+use crate::state::Store;
 use crate::sys::mount::Detached;
+use crate::sys::mountinfo::Mount;
+use crate::sys::target::Found;
 
 /// How long an unmounted device may take to go away before it counts as in use by someone else.
 pub const SETTLE: Duration = Duration::from_secs(2);
+
+/// How much of something there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// What can still be had by an ordinary user.
+    pub available: u64,
+    /// All.
+    pub total: u64,
+    /// What is taken.
+    pub used: u64,
+}
+
+/// What a backend can do, beyond what all can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features {
+    /// Snapshots, restoring and cloning.
+    pub snapshots: bool,
+    /// Volumes can grow.
+    pub expand: bool,
+    /// Mutable parameters.
+    pub modify: bool,
+}
+
+/// Storage to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct New<'a> {
+    /// Our name of it.
+    pub id: &'a VolumeId,
+    /// What it will be marked with.
+    pub nonce: &'a Nonce,
+    /// Bytes.
+    pub size: u64,
+    /// What it will be handed out as.
+    pub content: Content,
+    /// What its class says.
+    pub parameters: &'a Parameters,
+}
+
+/// What new storage is made from.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin<'a> {
+    /// A snapshot.
+    Snapshot(&'a Snapshot),
+    /// A volume; whoever asks has seen to it that nothing is written to it meanwhile, or that it takes only a moment.
+    Volume(&'a Record),
+}
+
+/// Whether a copy may go on; an error ends it.
+pub type GoOn<'a> = &'a dyn Fn() -> std::io::Result<()>;
 
 /// A volume's storage, checked against its record and locked: no mkfs of anyone runs on it, and none can begin.
 pub trait Locked: Send {
     /// Makes the storage blank again, after a mkfs that was cut short.
     ///
     /// # Errors
-    /// [`crate::error::Error::Io`].
+    /// [`Error::Io`].
     fn wipe(&mut self) -> Result<()>;
 
-    /// Makes a filesystem, durably. The caller has written down that it is about to.
+    /// Makes the filesystem that the record names, durably. The caller has written down that it is about to.
     ///
     /// # Errors
-    /// [`crate::error::Error::Mkfs`], [`crate::error::Error::Io`].
-    fn format(&mut self, fs: FsType) -> Result<()>;
+    /// [`Error::Mkfs`], [`Error::Io`].
+    fn format(&mut self) -> Result<()>;
+
+    /// Grows the filesystem, which is mounted nowhere, to the size of the storage: where the kernel would not let us.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] when it is attached, [`Error::Mkfs`], [`Error::Io`].
+    fn grow(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Attaches the storage, where it is not yet, and makes a mount of its filesystem that nobody sees yet. The device
     /// goes by itself with the last mount.
     ///
     /// # Errors
-    /// [`crate::error::Error::Io`], with what the filesystem said.
-    fn mount(&mut self, fs: FsType, options: &MountOptions, read_only: bool) -> Result<Detached>;
+    /// [`Error::Io`], with what the filesystem said.
+    fn mount(&mut self, options: &MountOptions, read_only: bool) -> Result<Detached>;
 
     /// Attaches the storage as a block device, where it is not yet. The device stays until [`Backend::detach`].
     ///
     /// # Errors
-    /// [`crate::error::Error::Io`].
+    /// [`Error::Io`].
     fn attach(&mut self, read_only: bool) -> Result<()>;
 }
 
-/// A volume's device on this node, held: it stays that volume's for as long as this lives.
+/// A volume on this node, held: it stays that volume for as long as this lives.
 pub trait Attached: Send {
-    /// Its number.
-    fn dev(&self) -> Dev;
+    /// Whether what was found at a target is this volume: its filesystem, its directory, or its device's node.
+    fn is(&self, found: &Found) -> bool;
 
-    /// Its node, as mount tables show the root of a bind mount of it (`/loop3`).
-    fn root(&self) -> String;
+    /// Whether a line of the mount table is a mount of it, of whatever kind.
+    fn shows(&self, mount: &Mount) -> bool;
 
-    /// Makes a mount of its node that nobody sees yet.
+    /// Bytes that the device has; nothing for what has none.
     ///
     /// # Errors
-    /// [`crate::error::Error::Io`].
+    /// [`Error::Io`].
+    fn size(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    /// Gives the device the size that the storage has.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn take_size(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Brings what is in the device's own cache to the storage.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Puts mutable parameters into effect.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn tune(&self, _: &Mutable) -> Result<()> {
+        Ok(())
+    }
+
+    /// How full the volume is, where its filesystem would not say so.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn usage(&self) -> Result<Option<Usage>> {
+        Ok(None)
+    }
+
+    /// How many errors the volume's filesystem has met, where it counts them.
+    fn errors(&self) -> u64 {
+        0
+    }
+
+    /// Makes a mount of the device's node that nobody sees yet.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
     fn node(&self) -> Result<Detached>;
 
     /// Makes the whole device refuse writes, or accept them.
     ///
     /// # Errors
-    /// [`crate::error::Error::Io`].
+    /// [`Error::Io`].
     fn set_read_only(&self, read_only: bool) -> Result<()>;
 
     /// Whether the whole device refuses writes.
     ///
     /// # Errors
-    /// [`crate::error::Error::Io`].
+    /// [`Error::Io`].
     fn read_only(&self) -> Result<bool>;
 }
 
 /// A kind of storage.
 pub trait Backend: Send + Sync {
-    /// Bytes that neither are in use nor have been promised to one of `records`.
-    ///
-    /// # Errors
-    /// [`crate::error::Error::Io`].
-    fn available(&self, records: &[Record]) -> Result<u64>;
+    /// Which it is.
+    fn kind(&self) -> BackendKind;
 
-    /// Makes blank storage of `size` bytes, durably, and returns its inode number.
+    /// What its volumes share the room of.
+    fn store(&self) -> Store;
+
+    /// What it can do.
+    fn features(&self) -> Features;
+
+    /// Bytes that the store has free now.
     ///
     /// # Errors
-    /// [`crate::error::Error::Io`]; then nothing is left behind, or `erase` finds it.
-    fn create(&self, id: &VolumeId, nonce: &Nonce, size: u64, allocation: Allocation) -> Result<u64>;
+    /// [`Error::Io`].
+    fn free(&self) -> Result<u64>;
+
+    /// Bytes that a volume may come to take of the store beyond what it has taken: blocks that were not yet written, or
+    /// that it shares.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn outstanding(&self, record: &Record) -> Result<u64>;
+
+    /// As [`Backend::outstanding`], for a snapshot.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn outstanding_of(&self, _: &Snapshot) -> Result<u64> {
+        Ok(0)
+    }
+
+    /// Whether a volume with these parameters can be had at all.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    fn admit(&self, _: &Parameters) -> Result<()> {
+        Ok(())
+    }
+
+    /// Makes storage, durably, blank or with what the origin holds, and returns its inode number.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; then nothing is left behind, or `erase` finds it.
+    fn create(&self, new: New<'_>, origin: Option<Origin<'_>>, go_on: GoOn<'_>) -> Result<u64>;
 
     /// Removes storage that `create` made with this nonce; storage with another one is left alone. `false` when there
     /// was none.
     ///
     /// # Errors
-    /// [`crate::error::Error::Damaged`], [`crate::error::Error::InUse`], [`crate::error::Error::Io`].
+    /// [`Error::Damaged`], [`Error::InUse`], [`Error::Io`].
     fn erase(&self, id: &VolumeId, nonce: &Nonce) -> Result<bool>;
 
     /// Checks that the storage is the one in the record.
     ///
     /// # Errors
-    /// [`crate::error::Error::Damaged`], [`crate::error::Error::Io`].
+    /// [`Error::Damaged`], [`Error::Io`].
     fn check(&self, record: &Record) -> Result<()>;
 
     /// Checks the storage against the record and locks it.
     ///
     /// # Errors
-    /// [`crate::error::Error::Busy`] while a mkfs, perhaps of an earlier driver, still runs;
-    /// [`crate::error::Error::Damaged`], [`crate::error::Error::Io`].
+    /// [`Error::Busy`] while an earlier mkfs runs, [`Error::Damaged`], [`Error::Io`].
     fn lock(&self, record: &Record) -> Result<Box<dyn Locked>>;
 
-    /// The volume's device, when it is attached.
+    /// The volume, when it is attached. What has no device always is.
     ///
     /// # Errors
-    /// [`crate::error::Error::Damaged`], [`crate::error::Error::Io`].
+    /// [`Error::Damaged`], [`Error::Io`].
     fn attached(&self, record: &Record) -> Result<Option<Box<dyn Attached>>>;
 
     /// Detaches the volume, where it is attached, and waits for it up to [`SETTLE`].
     ///
     /// # Errors
-    /// [`crate::error::Error::InUse`] when something still holds the device, [`crate::error::Error::Io`].
+    /// [`Error::InUse`] when something still holds the device, [`Error::Io`].
     fn detach(&self, record: &Record) -> Result<()>;
 
-    /// Names in the pool that belong to none of `records`: reported, never touched.
+    /// Brings the storage to a size between the record's and the one that it is growing to.
     ///
     /// # Errors
-    /// [`crate::error::Error::Io`].
-    fn strays(&self, records: &[Record]) -> Result<Vec<String>>;
+    /// [`Error::Unsupported`], [`Error::Io`].
+    fn resize(&self, _: &Record, _: u64) -> Result<()> {
+        Err(unsupported(self.kind(), "expand", "its volumes have the size that they were made with"))
+    }
+
+    /// Whether a snapshot takes a moment, however large the volume is, and is of one moment.
+    fn snapshots_at_once(&self) -> bool {
+        false
+    }
+
+    /// Takes a snapshot, durably, and returns its storage's inode number.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], [`Error::Io`]; then nothing is left behind, or `erase_snapshot` finds it.
+    fn snapshot(&self, _: &Record, _: &SnapshotId, _: &Nonce, _: GoOn<'_>) -> Result<u64> {
+        Err(unsupported(self.kind(), "snapshot", "image and btrfs can"))
+    }
+
+    /// Removes a snapshot's storage, as [`Backend::erase`] a volume's.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], [`Error::Io`].
+    fn erase_snapshot(&self, _: &SnapshotId, _: &Nonce) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Checks that a snapshot's storage is the one in its record.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], [`Error::Io`].
+    fn check_snapshot(&self, _: &Snapshot) -> Result<()> {
+        Ok(())
+    }
+
+    /// The name in the pool of a volume's storage, where it has one.
+    fn name(&self, id: &VolumeId) -> Option<String>;
+
+    /// The name in the pool of a snapshot's storage.
+    fn snapshot_name(&self, _: &SnapshotId) -> Option<String> {
+        None
+    }
+}
+
+fn unsupported(kind: BackendKind, what: &'static str, why: &str) -> Error {
+    Error::Unsupported { what, backend: kind.as_str(), why: why.into() }
+}
+
+/// What of storage does not agree with its record.
+fn damaged(id: &VolumeId, what: &'static str, expected: impl ToString, found: impl ToString) -> Error {
+    Error::Damaged { id: id.clone(), what, expected: expected.to_string(), found: found.to_string() }
+}
+
+/// The inode number of an open file.
+fn inode_of(file: &File, what: &str) -> Result<u64> {
+    use crate::error::Context;
+    Ok(std::os::unix::fs::MetadataExt::ino(&file.metadata().context(|| format!("stat {what}"))?))
 }

@@ -1,17 +1,26 @@
 //! The pool directory, and the proof that it is the one that the state belongs to.
+//!
+//! What is in it carries a nonce, by which it is known again.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
 use crate::model::Nonce;
 use crate::state::write_durably;
+
+/// The nonce on storage. `trusted.` attributes are for privileged processes only.
+const XATTR: &str = "trusted.keelway.nonce";
+/// Bytes of the pool that are never promised: directories and extents need some too.
+pub const MARGIN: u64 = 64 << 20;
+/// `statfs` type of btrfs.
+const BTRFS: i64 = 0x9123_683E;
 
 /// The mark's name in the pool, and its counterpart's in the state directory.
 const MARK: &str = ".keelway-pool";
@@ -22,6 +31,23 @@ const STATE: &str = "pool";
 pub struct Pool {
     fd: OwnedFd,
     path: PathBuf,
+    btrfs: bool,
+}
+
+/// The nonce that a file or directory carries.
+pub fn nonce_of(file: impl AsFd, name: &str) -> Result<Option<Nonce>> {
+    let mut buffer = [0; 64];
+    match rustix::fs::fgetxattr(file, XATTR, &mut buffer) {
+        Ok(length) => Ok(String::from_utf8_lossy(&buffer[..length]).into_owned().try_into().ok()),
+        Err(Errno::NODATA | Errno::RANGE) => Ok(None),
+        Err(error) => Err(Error::io(format!("read {XATTR} of {name}"), error)),
+    }
+}
+
+/// Marks a file or directory.
+pub fn set_nonce(file: impl AsFd, nonce: &Nonce, name: &str) -> Result<()> {
+    rustix::fs::fsetxattr(file, XATTR, nonce.as_str().as_bytes(), XattrFlags::empty())
+        .context(|| format!("set {XATTR} of {name}"))
 }
 
 impl Pool {
@@ -58,7 +84,45 @@ impl Pool {
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).context(|| format!("open {}", path.display()))?;
-        Ok(Self { fd, path: path.to_owned() })
+        let stat = rustix::fs::fstatfs(&fd).context(|| format!("statfs {}", path.display()))?;
+        Ok(Self { fd, path: path.to_owned(), btrfs: stat.f_type == BTRFS })
+    }
+
+    /// Whether its filesystem is a btrfs.
+    pub fn is_btrfs(&self) -> bool {
+        self.btrfs
+    }
+
+    /// The directory.
+    pub fn directory(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    /// Where it is, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens a directory of the pool. `None` when there is none.
+    pub fn open_directory(&self, name: &str) -> Result<Option<File>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match rustix::fs::openat(&self.fd, name, flags, Mode::empty()) {
+            Ok(fd) => Ok(Some(fd.into())),
+            Err(Errno::NOENT) => Ok(None),
+            Err(error) => Err(Error::io(format!("open {}", self.path.join(name).display()), error)),
+        }
+    }
+
+    /// Gives what is in the pool another name, durably. There must be none of that name.
+    pub fn rename(&self, from: &str, to: &str) -> Result<()> {
+        let what = || format!("rename {} to {to}", self.path.join(from).display());
+        rustix::fs::renameat_with(&self.fd, from, &self.fd, to, rustix::fs::RenameFlags::NOREPLACE).context(what)?;
+        self.sync()
+    }
+
+    /// Makes names that came or went durable.
+    pub fn sync(&self) -> Result<()> {
+        rustix::fs::fsync(&self.fd).context(|| format!("sync {}", self.path.display()))
     }
 
     /// Opens a file of the pool for reading and writing. `None` when there is none.
@@ -113,9 +177,11 @@ impl Pool {
     }
 }
 
+/// How much there is that looks like a volume's or a snapshot's storage.
 fn images(path: &Path) -> Result<usize> {
     let list = std::fs::read_dir(path).context(|| format!("list {}", path.display()))?;
-    Ok(list.flatten().filter(|entry| Path::new(&entry.file_name()).extension() == Some(OsStr::new("img"))).count())
+    let ours = |extension: &OsStr| ["img", "snap", "sub", "dir"].iter().any(|ours| extension == *ours);
+    Ok(list.flatten().filter(|entry| Path::new(&entry.file_name()).extension().is_some_and(ours)).count())
 }
 
 fn read(path: &Path) -> Result<Option<String>> {

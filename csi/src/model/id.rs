@@ -6,67 +6,84 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-const PREFIX: &str = "kwl-";
 const RANDOM: usize = 16;
 const CHECK: usize = 4;
 
-/// A volume id: `kwl-<32 hex digits>-<8 hex digits>`, the latter a checksum of the former. A value of this type is
-/// always of that form, hence safe as a file name.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct VolumeId(String);
-
-impl VolumeId {
-    /// The id made from 16 random bytes.
-    pub fn new(random: [u8; RANDOM]) -> Self {
-        Self(format!("{PREFIX}{}-{}", hex(&random), hex(&checksum(&random))))
-    }
-
-    /// The id as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
 /// Not an id of ours.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not of the form kwl-<32 hex digits>-<8 digits of checksum>")]
-pub struct NotAnId(String);
+#[error("{0:?} is not of the form {1}<32 hex digits>-<8 digits of checksum>")]
+pub struct NotAnId(String, &'static str);
 
-impl FromStr for VolumeId {
-    type Err = NotAnId;
+/// An id type: a prefix of its own, and a checksum that holds for this kind of id only.
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $prefix:literal, $domain:literal) => {
+        $(#[$doc])*
+        /// A value of this type is always of that form, hence safe as a file name.
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
 
-    fn from_str(text: &str) -> Result<Self, NotAnId> {
-        let random = text
-            .strip_prefix(PREFIX)
-            .and_then(|rest| rest.split_once('-'))
-            .and_then(|(random, _)| <[u8; RANDOM]>::try_from(unhex(random)?).ok());
-        // Only one spelling is right, so making it again and comparing is the whole check.
-        match random.map(Self::new) {
-            Some(id) if id.0 == text => Ok(id),
-            _ => Err(NotAnId(printable(text))),
+        impl $name {
+            /// The id made from 16 random bytes.
+            pub fn new(random: [u8; RANDOM]) -> Self {
+                Self(format!(concat!($prefix, "{}-{}"), hex(&random), hex(&checksum($domain, &random))))
+            }
+
+            /// The id as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
         }
-    }
+
+        impl FromStr for $name {
+            type Err = NotAnId;
+
+            fn from_str(text: &str) -> Result<Self, NotAnId> {
+                let random = text
+                    .strip_prefix($prefix)
+                    .and_then(|rest| rest.split_once('-'))
+                    .and_then(|(random, _)| <[u8; RANDOM]>::try_from(unhex(random)?).ok());
+                // Only one spelling is right, so making it again and comparing is the whole check.
+                match random.map(Self::new) {
+                    Some(id) if id.0 == text => Ok(id),
+                    _ => Err(NotAnId(printable(text), $prefix)),
+                }
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = NotAnId;
+            fn try_from(text: String) -> Result<Self, NotAnId> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> Self {
+                id.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
 }
 
-impl TryFrom<String> for VolumeId {
-    type Error = NotAnId;
-    fn try_from(text: String) -> Result<Self, NotAnId> {
-        text.parse()
-    }
-}
-
-impl From<VolumeId> for String {
-    fn from(id: VolumeId) -> Self {
-        id.0
-    }
-}
-
-impl fmt::Display for VolumeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+id!(
+    /// A volume id: `kwl-<32 hex digits>-<8 hex digits>`, the latter a checksum of the former.
+    VolumeId, "kwl-", b"keelway volume id"
+);
+id!(
+    /// A snapshot id: `kws-<32 hex digits>-<8 hex digits>`.
+    SnapshotId, "kws-", b"keelway snapshot id"
+);
+id!(
+    /// The id of a group of snapshots: `kwg-<32 hex digits>-<8 hex digits>`.
+    GroupId, "kwg-", b"keelway group id"
+);
 
 /// What tells one incarnation of an image from another that got the same inode number: 16 random bytes as hex digits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,8 +123,8 @@ pub(crate) fn printable(text: &str) -> String {
     text.chars().take(80).collect()
 }
 
-fn checksum(random: &[u8]) -> [u8; CHECK] {
-    let digest = Sha256::new().chain_update(b"keelway volume id").chain_update(random).finalize();
+fn checksum(domain: &[u8], random: &[u8]) -> [u8; CHECK] {
+    let digest = Sha256::new().chain_update(domain).chain_update(random).finalize();
     digest[..CHECK].try_into().expect("a digest is longer than the checksum")
 }
 
@@ -159,6 +176,14 @@ mod tests {
         assert!(format!("{good}/..").parse::<VolumeId>().is_err());
         assert!(format!("../{good}").parse::<VolumeId>().is_err());
         assert!(format!("{good}\0").parse::<VolumeId>().is_err());
+    }
+
+    #[test]
+    fn one_kind_is_never_taken_for_another() {
+        let (volume, snapshot) = (VolumeId::new([7; RANDOM]), SnapshotId::new([7; RANDOM]));
+        assert!(volume.as_str().parse::<SnapshotId>().is_err());
+        assert!(volume.as_str().replace("kwl-", "kws-").parse::<SnapshotId>().is_err());
+        assert!(snapshot.as_str().replace("kws-", "kwg-").parse::<GroupId>().is_err());
     }
 
     #[test]

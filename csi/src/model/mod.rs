@@ -4,12 +4,14 @@ mod id;
 mod mount_options;
 mod parameters;
 mod record;
+mod snapshot;
 
-pub use id::{Nonce, VolumeId};
+pub use id::{GroupId, Nonce, SnapshotId, VolumeId};
 pub(crate) use id::{hex, printable};
 pub use mount_options::MountOptions;
-pub use parameters::{Allocation, Parameters};
-pub use record::{Content, FsType, Record, State};
+pub use parameters::{Allocation, BackendKind, Mutable, Parameters, Shape};
+pub use record::{Content, FsType, Record, Source, State};
+pub use snapshot::{Group, Snapshot, Taken};
 
 /// Sizes are rounded up to this many bytes: the page, the largest sector size and the filesystems' block.
 pub const GRAIN: u64 = 4096;

@@ -25,16 +25,18 @@ pub struct MountOptions {
 
 /// Flags that every filesystem takes.
 const COMMON: [&str; 3] = ["sync", "dirsync", "lazytime"];
-/// Flags of ext4 and XFS.
+/// Flags of ext4, XFS and btrfs.
 const EXT4: [&str; 4] = ["discard", "nodiscard", "delalloc", "nodelalloc"];
 const XFS: [&str; 5] = ["discard", "nodiscard", "largeio", "inode64", "swalloc"];
+const BTRFS: [&str; 4] = ["discard", "nodiscard", "autodefrag", "flushoncommit"];
 
 impl MountOptions {
-    /// Reads the flags of a volume capability. An element may hold several options, separated by commas.
+    /// Reads the flags of a volume capability. An element may hold several options, separated by commas. Without a
+    /// filesystem of its own (a directory of the host's), a volume has the options of the mount only.
     ///
     /// # Errors
     /// [`Error::Invalid`], naming the option.
-    pub fn parse(flags: &[String], fs: FsType) -> Result<Self> {
+    pub fn parse(flags: &[String], fs: Option<FsType>) -> Result<Self> {
         let mut options = Self::default();
         for option in flags.iter().flat_map(|flag| flag.split(',')).map(str::trim).filter(|option| !option.is_empty()) {
             match option {
@@ -46,7 +48,7 @@ impl MountOptions {
                 "nodiratime" => options.nodiratime = true,
                 // What holds anyway.
                 "defaults" | "rw" | "nosuid" | "nodev" | "exec" | "relatime" | "async" => {}
-                _ => options.filesystem.push(filesystem_option(option, fs)?),
+                _ => options.filesystem.push(filesystem_option(option, fs.ok_or_else(|| refused(option))?)?),
             }
         }
         if options.noatime && options.strictatime {
@@ -60,6 +62,7 @@ fn filesystem_option(option: &str, fs: FsType) -> Result<(&'static str, Option<S
     let own: &[&'static str] = match fs {
         FsType::Ext4 => &EXT4,
         FsType::Xfs => &XFS,
+        FsType::Btrfs => &BTRFS,
     };
     if let Some(&flag) = COMMON.iter().chain(own).find(|&&flag| flag == option) {
         return Ok((flag, None));
@@ -67,6 +70,7 @@ fn filesystem_option(option: &str, fs: FsType) -> Result<(&'static str, Option<S
     let value = match (fs, option.split_once('=')) {
         (FsType::Ext4, Some(("commit", seconds))) if in_range(seconds, 1, 300) => ("commit", seconds),
         (FsType::Ext4, Some(("data", mode @ ("ordered" | "journal")))) => ("data", mode),
+        (FsType::Btrfs, Some(("compress", how @ ("zlib" | "lzo" | "zstd" | "no")))) => ("compress", how),
         (FsType::Xfs, Some(("logbufs", count))) if in_range(count, 2, 8) => ("logbufs", count),
         (FsType::Xfs, Some(("logbsize", size @ ("16k" | "32k" | "64k" | "128k" | "256k")))) => ("logbsize", size),
         _ => return Err(refused(option)),
@@ -91,7 +95,7 @@ mod tests {
     use super::*;
 
     fn parse(flags: &[&str], fs: FsType) -> Result<MountOptions> {
-        MountOptions::parse(&flags.iter().map(|f| (*f).to_owned()).collect::<Vec<_>>(), fs)
+        MountOptions::parse(&flags.iter().map(|f| (*f).to_owned()).collect::<Vec<_>>(), Some(fs))
     }
 
     #[test]
@@ -125,6 +129,9 @@ mod tests {
 
     #[test]
     fn one_filesystem_does_not_take_the_others_options() {
+        assert!(MountOptions::parse(&["noatime".into()], None).is_ok());
+        assert!(MountOptions::parse(&["sync".into()], None).is_err());
+        assert!(parse(&["compress=zstd"], FsType::Btrfs).is_ok() && parse(&["subvol=/"], FsType::Btrfs).is_err());
         assert!(parse(&["commit=30"], FsType::Xfs).is_err());
         assert!(parse(&["logbsize=64k"], FsType::Ext4).is_err());
     }

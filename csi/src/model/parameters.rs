@@ -1,6 +1,8 @@
 //! StorageClass parameters: few, typed, and nothing that is not known.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -19,34 +21,100 @@ pub enum Allocation {
     Sparse,
 }
 
+/// Where a volume's bytes live.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendKind {
+    /// A file in the pool directory, attached as a loop device.
+    #[default]
+    Image,
+    /// A subvolume of the pool's btrfs.
+    Btrfs,
+    /// A directory of the pool.
+    Directory,
+    /// A whole device that the driver was given.
+    Raw,
+}
+
+impl BackendKind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Image, Self::Btrfs, Self::Directory, Self::Raw];
+
+    /// The name in a StorageClass.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Image => "image",
+            Self::Btrfs => "btrfs",
+            Self::Directory => "directory",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+impl FromStr for BackendKind {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let names = Self::ALL.map(Self::as_str).join(", ");
+        Self::ALL
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
+            .ok_or_else(|| format!("{:?} is none of {names}", printable(text)))
+    }
+}
+
+/// What a caller says that a volume is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// A block device.
+    Block,
+    /// A mount; with this filesystem, when one is named.
+    Mount(Option<FsType>),
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Block => f.write_str("a block device"),
+            Self::Mount(None) => f.write_str("a mount"),
+            Self::Mount(Some(fs)) => write!(f, "a mount of {}", fs.as_str()),
+        }
+    }
+}
+
 /// What a StorageClass may say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Parameters {
-    /// `allocation`: `full` (the default) or `sparse`.
+    /// `backend`: `image` (the default), `btrfs`, `directory`, `raw`.
+    #[serde(default)]
+    pub backend: BackendKind,
+    /// `allocation`: `full` (the default) or `sparse`; of images.
     pub allocation: Allocation,
     /// `bytesPerInode`: ext4 makes one inode for this many bytes, 1024 to 4194304.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_per_inode: Option<u32>,
+    /// `capacity: unenforced`: a directory may grow beyond its size.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unenforced: bool,
 }
 
-/// Keys that a person writes. `backend` is there so that a class can be explicit; there is one backend so far.
-const KEYS: [&str; 3] = ["allocation", "backend", "bytesPerInode"];
+/// Keys that a person writes.
+const KEYS: [&str; 4] = ["allocation", "backend", "bytesPerInode", "capacity"];
 
 /// Keys that external-provisioner adds with `--extra-create-metadata`; they change nothing here.
 const METADATA: [&str; 3] =
     ["csi.storage.k8s.io/pv/name", "csi.storage.k8s.io/pvc/name", "csi.storage.k8s.io/pvc/namespace"];
 
 impl Parameters {
-    /// Reads a StorageClass's parameters for a volume with this content.
+    /// Reads a StorageClass's parameters for a volume of this shape, and says what it will be.
     ///
     /// # Errors
     /// [`Error::UnknownParameter`] or [`Error::Invalid`], naming the key.
-    pub fn parse<'a>(map: impl IntoIterator<Item = (&'a String, &'a String)>, content: Content) -> Result<Self> {
+    pub fn parse<'a>(map: impl IntoIterator<Item = (&'a String, &'a String)>, shape: Shape) -> Result<(Self, Content)> {
         // In order, so that of several mistakes the same one is told each time.
         let map: BTreeMap<_, _> = map.into_iter().collect();
         let mut parameters = Self::default();
-        for (key, value) in map {
+        for (key, value) in &map {
             match key.as_str() {
                 "allocation" => {
                     parameters.allocation = match value.as_str() {
@@ -55,20 +123,83 @@ impl Parameters {
                         _ => return Err(invalid("parameters.allocation", value, "full or sparse")),
                     }
                 }
-                "backend" if value == "image" => {}
-                "backend" => return Err(invalid("parameters.backend", value, "image")),
-                "bytesPerInode" if content != Content::Filesystem(FsType::Ext4) => {
-                    return Err(invalid("parameters.bytesPerInode", value, "for an ext4 volume; this one is not"));
+                "backend" => {
+                    let names = || BackendKind::ALL.map(BackendKind::as_str).join(", ");
+                    let unknown = |_| invalid("parameters.backend", value, &format!("one of {}", names()));
+                    parameters.backend = value.parse().map_err(unknown)?;
                 }
                 "bytesPerInode" => match value.parse() {
                     Ok(bytes) if (1024..=4_194_304).contains(&bytes) => parameters.bytes_per_inode = Some(bytes),
                     _ => return Err(invalid("parameters.bytesPerInode", value, "a number from 1024 to 4194304")),
                 },
+                "capacity" => match value.as_str() {
+                    "enforced" => parameters.unenforced = false,
+                    "unenforced" => parameters.unenforced = true,
+                    _ => return Err(invalid("parameters.capacity", value, "enforced or unenforced")),
+                },
                 key if METADATA.contains(&key) => {}
                 key => return Err(Error::UnknownParameter { key: printable(key), known: KEYS.join(", ") }),
             }
         }
-        Ok(parameters)
+        let content = parameters.content(shape)?;
+        let given = |key: &str| map.iter().find(|(name, _)| name.as_str() == key).map(|(_, value)| value.as_str());
+        if let Some(value) = given("allocation").filter(|_| parameters.backend != BackendKind::Image) {
+            return Err(invalid("parameters.allocation", value, "for the image backend; this class has another"));
+        }
+        if let Some(value) = given("bytesPerInode").filter(|_| content != Content::Filesystem(FsType::Ext4)) {
+            return Err(invalid("parameters.bytesPerInode", value, "for an ext4 volume; this one is not"));
+        }
+        if let Some(value) = given("capacity")
+            && parameters.unenforced
+            && parameters.backend != BackendKind::Directory
+        {
+            return Err(invalid("parameters.capacity", value, "enforced; only a directory's can be otherwise"));
+        }
+        Ok((parameters, content))
+    }
+
+    fn content(&self, shape: Shape) -> Result<Content> {
+        match (self.backend, shape) {
+            (BackendKind::Image | BackendKind::Raw, Shape::Block) => Ok(Content::Raw),
+            (BackendKind::Image | BackendKind::Raw, Shape::Mount(fs)) => {
+                Ok(Content::Filesystem(fs.unwrap_or(FsType::Ext4)))
+            }
+            (BackendKind::Btrfs, Shape::Mount(None | Some(FsType::Btrfs)))
+            | (BackendKind::Directory, Shape::Mount(None)) => Ok(Content::Tree),
+            (backend, shape) => Err(Error::Invalid {
+                field: "volume_capabilities",
+                value: shape.to_string(),
+                expected: format!("what the {} backend can be", backend.as_str()),
+            }),
+        }
+    }
+}
+
+/// What may change in a volume's life, by a VolumeAttributesClass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mutable {
+    /// `readAheadKiB`: how much the device reads ahead, 0 to 65536; the kernel's choice when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_ahead_kib: Option<u32>,
+}
+
+impl Mutable {
+    /// Reads mutable parameters. What is not named stays as it is in `self`.
+    ///
+    /// # Errors
+    /// [`Error::UnknownParameter`] or [`Error::Invalid`], naming the key.
+    pub fn with<'a>(mut self, map: impl IntoIterator<Item = (&'a String, &'a String)>) -> Result<Self> {
+        for (key, value) in map.into_iter().collect::<BTreeMap<_, _>>() {
+            match (key.as_str(), value.parse()) {
+                ("readAheadKiB", Ok(kib @ 0..=65536)) => self.read_ahead_kib = Some(kib),
+                ("readAheadKiB", _) => {
+                    return Err(invalid("mutable_parameters.readAheadKiB", value, "a number from 0 to 65536"));
+                }
+                (key, _) => return Err(Error::UnknownParameter { key: printable(key), known: "readAheadKiB".into() }),
+            }
+        }
+        Ok(self)
     }
 }
 
@@ -80,39 +211,66 @@ fn invalid(field: &'static str, value: &str, expected: &str) -> Error {
 mod tests {
     use super::*;
 
-    fn parse(pairs: &[(&str, &str)], content: Content) -> Result<Parameters> {
+    fn parse(pairs: &[(&str, &str)], shape: Shape) -> Result<(Parameters, Content)> {
         let map: BTreeMap<String, String> = pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
-        Parameters::parse(&map, content)
+        Parameters::parse(&map, shape)
     }
 
+    const ANY: Shape = Shape::Mount(None);
     const EXT4: Content = Content::Filesystem(FsType::Ext4);
 
     #[test]
     fn defaults_and_every_key() {
-        assert_eq!(parse(&[], EXT4).unwrap(), Parameters::default());
-        let all = [("allocation", "sparse"), ("backend", "image"), ("bytesPerInode", "8192"), (METADATA[1], "data-0")];
-        let want = Parameters { allocation: Allocation::Sparse, bytes_per_inode: Some(8192) };
-        assert_eq!(parse(&all, EXT4).unwrap(), want);
+        assert_eq!(parse(&[], ANY).unwrap(), (Parameters::default(), EXT4));
+        let all = [
+            ("allocation", "sparse"),
+            ("backend", "image"),
+            ("bytesPerInode", "8192"),
+            ("capacity", "enforced"),
+            (METADATA[1], "data-0"),
+        ];
+        let want = Parameters { allocation: Allocation::Sparse, bytes_per_inode: Some(8192), ..Parameters::default() };
+        assert_eq!(parse(&all, ANY).unwrap(), (want, EXT4));
+        assert_eq!(parse(&[("backend", "btrfs")], ANY).unwrap().1, Content::Tree);
+        assert!(parse(&[("backend", "directory"), ("capacity", "unenforced")], ANY).unwrap().0.unenforced);
     }
 
     #[test]
-    fn an_unknown_key_is_named() {
-        for key in ["Allocation", "fsType", "csi.storage.k8s.io/else", ""] {
-            let error = parse(&[(key, "x")], EXT4).unwrap_err();
+    fn what_is_not_understood_is_named() {
+        for (pairs, word) in [
+            (&[("replicas", "3")][..], "\"replicas\""),
+            (&[("allocation", "thin")], "parameters.allocation"),
+            (&[("backend", "zfs")], "image, btrfs, directory, raw"),
+            (&[("bytesPerInode", "1023")], "1024"),
+            (&[("bytesPerInode", "-1")], "1024"),
+            (&[("backend", "directory"), ("bytesPerInode", "8192")], "ext4"),
+            (&[("backend", "btrfs"), ("allocation", "sparse")], "image backend"),
+            (&[("capacity", "unenforced")], "only a directory"),
+            (&[("Allocation", "full")], "\"Allocation\""),
+        ] {
+            let error = parse(pairs, ANY).unwrap_err();
             assert_eq!(error.code(), tonic::Code::InvalidArgument);
-            assert!(error.to_string().contains(&format!("{key:?}")), "{error}");
+            assert!(error.to_string().contains(word), "{error}");
         }
     }
 
     #[test]
-    fn a_bad_value_is_named_with_what_would_be_right() {
-        for (key, value) in
-            [("allocation", "thick"), ("backend", "lvm"), ("bytesPerInode", "1023"), ("bytesPerInode", "-1")]
-        {
-            let text = parse(&[(key, value)], EXT4).unwrap_err().to_string();
-            assert!(text.contains(key) && text.contains(value), "{text}");
+    fn a_backend_is_only_what_it_can_be() {
+        for (backend, shape) in [
+            ("btrfs", Shape::Block),
+            ("btrfs", Shape::Mount(Some(FsType::Ext4))),
+            ("directory", Shape::Block),
+            ("directory", Shape::Mount(Some(FsType::Xfs))),
+        ] {
+            assert!(parse(&[("backend", backend)], shape).is_err(), "{backend} {shape}");
         }
-        assert!(parse(&[("bytesPerInode", "8192")], Content::Raw).is_err());
-        assert!(parse(&[("bytesPerInode", "8192")], Content::Filesystem(FsType::Xfs)).is_err());
+        assert!(parse(&[("bytesPerInode", "8192")], Shape::Block).is_err());
+    }
+
+    #[test]
+    fn mutable_parameters() {
+        let with = |key: &str, value: &str| Mutable::default().with(&BTreeMap::from([(key.into(), value.into())]));
+        assert_eq!(with("readAheadKiB", "256").unwrap().read_ahead_kib, Some(256));
+        assert!(with("readAheadKiB", "65537").is_err() && with("iops", "3").is_err());
     }
 }

@@ -1,36 +1,67 @@
 //! What the driver does: operations on volumes, each written so that it can be repeated, and cut short anywhere.
 
+mod expand;
+mod group;
+mod health;
+mod hold;
+mod inline;
+mod probes;
 mod provision;
 mod publish;
 mod recover;
+mod snapshot;
 mod stage;
 mod stats;
 
+pub use health::{Finding, Severity};
+pub use probes::{PATIENCE, Probe, Probes, hung};
 pub use recover::Report;
 pub use stage::Staging;
-pub use stats::Usage;
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::backend::{Attached, Backend, Images};
-use crate::error::{Context, Result};
-use crate::model::{Nonce, Record, VolumeId};
+use crate::backend::{Attached, Backend, Features, Images, Pool};
+use crate::error::{Context, Error, Result};
+use crate::model::{BackendKind, Nonce, Record, Snapshot, VolumeId};
 use crate::request::TargetPath;
-use crate::state::{Guard, Guards, Intent, Journal, Records, lock_directory};
-use crate::sys::mountinfo;
+use crate::state::{Guard, Guards, Intent, Journal, Promises, Records, Store, lock_directory};
+use crate::sys::mountinfo::{self, Mount};
+use crate::sys::target::{Found, Target};
+
+/// Where the driver keeps what.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// Journal and records.
+    pub state_dir: PathBuf,
+    /// Storage of volumes.
+    pub pool_dir: PathBuf,
+    /// All targets lie below.
+    pub kubelet_dir: PathBuf,
+    /// The backends to serve.
+    pub backends: Vec<BackendKind>,
+    /// Whole devices for the raw backend.
+    pub devices: Vec<PathBuf>,
+}
 
 /// The volumes of one node, and everything that it takes to work on them. Its methods block.
 pub struct Volumes {
-    backend: Box<dyn Backend>,
-    records: Records,
+    backends: BTreeMap<BackendKind, Box<dyn Backend>>,
+    pool: Arc<Pool>,
+    records: Records<Record>,
+    snapshots: Records<Snapshot>,
+    promises: Promises,
     journal: Arc<Journal>,
     guards: Guards,
+    /// Looks at volumes that are under way.
+    pub probes: Probes,
     kubelet_dir: PathBuf,
     /// Held while this process is the one driver of the state directory.
-    _lock: std::fs::File,
+    _lock: File,
 }
 
 impl Volumes {
@@ -38,30 +69,46 @@ impl Volumes {
     ///
     /// # Errors
     /// Whatever makes it unsafe to go on: damaged state, the wrong pool, another driver.
-    pub fn open(state_dir: &Path, pool_dir: &Path, kubelet_dir: &Path) -> Result<(Self, Vec<Intent>)> {
+    pub fn open(places: &Places) -> Result<(Self, Vec<Intent>)> {
+        let state_dir = &places.state_dir;
         std::fs::create_dir_all(state_dir).context(|| format!("create {}", state_dir.display()))?;
         let lock = lock_directory(state_dir)?;
-        let backend = Box::new(Images::open(pool_dir, state_dir, &Nonce::new(random()?))?);
-        let records = Records::open(state_dir)?;
+        let pool = Arc::new(Pool::open(&places.pool_dir, state_dir, &Nonce::new(random()?))?);
+        let mut backends: BTreeMap<BackendKind, Box<dyn Backend>> = BTreeMap::new();
+        for &kind in &places.backends {
+            backends.insert(kind, open(kind, &pool, places)?);
+        }
+        let (records, snapshots) = (Records::open(state_dir)?, Records::open(state_dir)?);
         let (journal, open) = Journal::open(state_dir)?;
-        let kubelet_dir = kubelet_dir.to_owned();
-        Ok((Self { backend, records, journal, guards: Guards::default(), kubelet_dir, _lock: lock }, open))
+        let volumes = Self {
+            backends,
+            pool,
+            records,
+            snapshots,
+            promises: Promises::default(),
+            journal,
+            guards: Guards::default(),
+            probes: Probes::default(),
+            kubelet_dir: places.kubelet_dir.clone(),
+            _lock: lock,
+        };
+        Ok((volumes, open))
     }
 
     /// Begins to work on a volume.
     ///
     /// # Errors
-    /// [`crate::error::Error::Busy`] when somebody does.
+    /// [`Error::Busy`] when somebody does.
     pub fn enter(&self, id: &VolumeId) -> Result<Guard> {
         self.guards.enter(id.as_str())
     }
 
-    /// Begins to make a volume of this name.
+    /// Begins to make something of this name.
     ///
     /// # Errors
-    /// [`crate::error::Error::Busy`] when somebody does.
-    pub fn enter_name(&self, name: &str) -> Result<Guard> {
-        self.guards.enter(&format!("name {name}"))
+    /// [`Error::Busy`] when somebody does.
+    pub fn enter_name(&self, kind: &str, name: &str) -> Result<Guard> {
+        self.guards.enter(&format!("{kind} {name}"))
     }
 
     /// How many operations are under way.
@@ -74,20 +121,97 @@ impl Volumes {
         self.journal.pending()
     }
 
-    /// Where this process sees the volume's device mounted, but for its staging path.
+    /// What at least one of the backends can do.
+    pub fn features(&self) -> Features {
+        self.backends.values().map(|backend| backend.features()).fold(Features::default(), |all, one| Features {
+            snapshots: all.snapshots || one.snapshots,
+            expand: all.expand || one.expand,
+            modify: all.modify || one.modify,
+        })
+    }
+
+    fn backend(&self, kind: BackendKind) -> Result<&dyn Backend> {
+        self.backends.get(&kind).map(Box::as_ref).ok_or_else(|| {
+            let served: Vec<_> = self.backends.keys().map(|kind| kind.as_str()).collect();
+            let expected = format!("served by this driver; --backends names {}", served.join(", "));
+            Error::Invalid { field: "parameters.backend", value: kind.as_str().into(), expected }
+        })
+    }
+
+    fn backend_of(&self, record: &Record) -> Result<&dyn Backend> {
+        self.backend(record.parameters.backend)
+    }
+
+    /// Bytes of a store that nothing known has a claim on.
+    fn unclaimed(&self, store: Store) -> Result<u64> {
+        let backends = || self.backends.values().filter(|backend| backend.store() == store);
+        let Some(first) = backends().next() else { return Ok(0) };
+        let mut free = first.free()?;
+        for record in self.records.all() {
+            if let Some(backend) = backends().find(|backend| backend.kind() == record.parameters.backend) {
+                free = free.saturating_sub(backend.outstanding(&record)?);
+            }
+        }
+        for snapshot in self.snapshots.all() {
+            if let Some(backend) = backends().find(|backend| backend.kind() == snapshot.parameters.backend) {
+                free = free.saturating_sub(backend.outstanding_of(&snapshot)?);
+            }
+        }
+        Ok(free)
+    }
+
+    /// Where this process sees the volume, its device's node included.
+    fn mounts(&self, device: &dyn Attached) -> Result<Vec<Mount>> {
+        Ok(mountinfo::read()?.into_iter().filter(|mount| device.shows(mount)).collect())
+    }
+
+    /// Where this process sees the volume, but for its staging path.
     fn targets(&self, device: &dyn Attached, staging: &TargetPath) -> Result<Vec<PathBuf>> {
-        // The mount table shows the kubelet's directory with its links resolved.
-        let root = self.kubelet_dir.canonicalize().context(|| format!("resolve {}", self.kubelet_dir.display()))?;
-        let staging = root.join(staging.relative());
-        let node = device.root();
-        let of_volume = |mount: &mountinfo::Mount| mount.dev == device.dev() || mount.is_node(&node);
-        let mounts = mountinfo::read()?.into_iter().filter(of_volume).map(|mount| mount.target);
-        Ok(mounts.filter(|target| *target != staging).collect())
+        let staging = self.root()?.join(staging.relative());
+        let targets = self.mounts(device)?.into_iter().map(|mount| mount.target);
+        Ok(targets.filter(|target| *target != staging).collect())
+    }
+
+    /// The kubelet's directory as the mount table shows it, with its links resolved.
+    fn root(&self) -> Result<PathBuf> {
+        self.kubelet_dir.canonicalize().context(|| format!("resolve {}", self.kubelet_dir.display()))
+    }
+
+    /// The root of the volume's filesystem, by one of its mounts below the kubelet's directory, a writable one if there
+    /// is one. `None` when there is none.
+    fn open_root(&self, device: &dyn Attached) -> Result<Option<File>> {
+        let root = self.root()?;
+        let mut seen = None;
+        for mount in self.mounts(device)? {
+            let Ok(path) = TargetPath::parse("mount", &mount.target.to_string_lossy(), &root) else { continue };
+            let Some(target) = Target::open(&path)? else { continue };
+            let found = target.look()?;
+            if !device.is(&found) {
+                continue;
+            }
+            if let Some(directory) = target.directory()? {
+                if matches!(found, Found::Mounted { read_only: false, .. }) {
+                    return Ok(Some(directory));
+                }
+                seen = Some(directory);
+            }
+        }
+        Ok(seen)
     }
 
     fn device(&self, record: &Record) -> Result<Option<Box<dyn Attached>>> {
-        self.backend.attached(record)
+        self.backend_of(record)?.attached(record)
     }
+}
+
+fn open(kind: BackendKind, pool: &Arc<Pool>, _: &Places) -> Result<Box<dyn Backend>> {
+    Ok(match kind {
+        BackendKind::Image => Box::new(Images::new(pool.clone())?),
+        other => {
+            let expected = "a backend of this build".into();
+            return Err(Error::Invalid { field: "--backends", value: other.as_str().into(), expected });
+        }
+    })
 }
 
 fn random() -> Result<[u8; 16]> {

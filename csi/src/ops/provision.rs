@@ -1,16 +1,55 @@
 //! Making and removing volumes, and what is known of them.
 
+use super::hold::Hold;
 use super::{Volumes, random};
+use crate::backend::{Backend, New, Origin};
 use crate::error::{Error, Result};
-use crate::model::{Nonce, Record, VolumeId};
-use crate::request::{Create, List};
-use crate::state::Intent;
+use crate::model::{BackendKind, Content, Mutable, Nonce, Record, Snapshot, Source, State, VolumeId};
+use crate::request::{Create, List, Modify};
+use crate::state::{Guard, Intent};
+
+/// What a volume is made from, as it is.
+enum Held {
+    Nothing,
+    Snapshot(Box<Snapshot>),
+    Volume(Box<Record>, Guard, Hold),
+}
+
+impl Held {
+    fn origin(&self) -> Option<Origin<'_>> {
+        match self {
+            Self::Nothing => None,
+            Self::Snapshot(snapshot) => Some(Origin::Snapshot(snapshot)),
+            Self::Volume(record, ..) => Some(Origin::Volume(record)),
+        }
+    }
+
+    /// Its size; whether there is data in it, and how far its filesystem reaches.
+    fn content(&self) -> (u64, bool, u64) {
+        match self {
+            Self::Nothing => (0, false, 0),
+            Self::Snapshot(snapshot) => (snapshot.size, snapshot.formatted, snapshot.filled),
+            Self::Volume(record, ..) => {
+                (record.size, record.state() == State::Formatted, record.filled.unwrap_or(record.size))
+            }
+        }
+    }
+
+    fn go_on(&self) -> std::io::Result<()> {
+        if let Self::Volume(_, _, hold) = self { hold.go_on() } else { Ok(()) }
+    }
+
+    fn release(self) -> Result<()> {
+        if let Self::Volume(_, _guard, hold) = self { hold.release() } else { Ok(()) }
+    }
+}
 
 impl Volumes {
     /// Makes a volume, or finds the one of that name.
     ///
     /// # Errors
-    /// [`Error::Exists`], [`Error::NoSpace`], [`Error::Damaged`], [`Error::Io`].
+    /// [`Error::Exists`], [`Error::NoSpace`], [`Error::NoSuchSnapshot`], [`Error::NoSuchVolume`], [`Error::Damaged`],
+    /// [`Error::Io`].
     pub fn create(&self, request: Create) -> Result<Record> {
         if let Some(record) = self.records.named(&request.name) {
             // It must not be removed between this answer and its making.
@@ -19,25 +58,91 @@ impl Volumes {
                 return Err(Error::Busy { what: format!("volume {}", record.id) });
             }
             same(&record, &request)?;
-            self.backend.check(&record)?;
+            self.backend_of(&record)?.check(&record)?;
             return Ok(record);
         }
+        let backend = self.backend(request.parameters.backend)?;
+        backend.admit(&request.parameters)?;
+        if request.mutable != Mutable::default() && !backend.features().modify {
+            return Err(unsupported(backend, "mutable_parameters"));
+        }
+        // Reserved before anybody is made to wait for it; a source is known in size already.
+        let floor = self.source_size(&request)?;
+        let size = request.size(floor)?;
+        let _reserved = self.promises.reserve(backend.store(), size, || self.unclaimed(backend.store()))?;
         let (id, nonce) = (VolumeId::new(random()?), Nonce::new(random()?));
-        let _reserved = self.records.reserve(request.size, |records| self.backend.available(records))?;
-        let intent = self.journal.begin(Intent::Create { id: id.clone(), nonce: nonce.clone() })?;
-        let made = self.backend.create(&id, &nonce, request.size, request.parameters.allocation).and_then(|inode| {
-            let Create { name, size, content, parameters, .. } = request;
+        let from = match &request.source {
+            Some(Source::Volume(id)) => Some(id.clone()),
+            _ => None,
+        };
+        let intent = Intent::Create { id: id.clone(), nonce: nonce.clone(), backend: backend.kind(), from };
+        let intent = self.journal.begin(intent)?;
+        let made = self.source(&request, backend).and_then(|held| {
+            let new = New { id: &id, nonce: &nonce, size, content: request.content, parameters: &request.parameters };
+            let inode = backend.create(new, held.origin(), &|| held.go_on())?;
+            let (_, formatted, filled) = held.content();
+            held.release()?;
+            let Create { name, content, parameters, source, mutable, ephemeral, .. } = request;
             let seq = self.records.next_seq();
-            let record = Record::blank(seq, id.clone(), name, size, content, parameters, inode, nonce.clone());
+            let mut record = Record::blank(seq, id.clone(), name, size, content, parameters, inode, nonce.clone());
+            (record.mutable, record.ephemeral) = (mutable, ephemeral);
+            let record = match source {
+                Some(source) => record.from_source(source, formatted, filled),
+                None => record,
+            };
             self.records.put(record.clone()).map(|()| record)
         });
         if made.is_err()
-            && let Err(error) = self.records.remove(&id).and_then(|()| self.backend.erase(&id, &nonce))
+            && let Err(error) = self.records.remove(&id).and_then(|()| backend.erase(&id, &nonce))
         {
             tracing::error!(%id, %error, "a volume that could not be made could not be removed; the next start will try");
             intent.keep();
         }
         made
+    }
+
+    fn source_size(&self, request: &Create) -> Result<u64> {
+        match &request.source {
+            None => Ok(0),
+            Some(Source::Snapshot(id)) => self.snapshots.get(id).map(|snapshot| snapshot.size),
+            Some(Source::Volume(id)) => self.records.get(id).map(|record| record.size),
+        }
+    }
+
+    /// Finds what a volume is to be made from, and sees to it that it does not change meanwhile.
+    fn source(&self, request: &Create, backend: &dyn Backend) -> Result<Held> {
+        let fits = |kind: BackendKind, content: Content| {
+            let wrong = |has: String, asked: String| {
+                let expected = format!("{asked}, as the new volume's class and capability say");
+                Err(Error::Invalid { field: "volume_content_source", value: has, expected })
+            };
+            if kind != backend.kind() {
+                return wrong(kind.as_str().into(), backend.kind().as_str().into());
+            }
+            if content != request.content {
+                return wrong(content.to_string(), request.content.to_string());
+            }
+            if !backend.features().snapshots {
+                return Err(unsupported(backend, "volume_content_source"));
+            }
+            Ok(())
+        };
+        match &request.source {
+            None => Ok(Held::Nothing),
+            Some(Source::Snapshot(id)) => {
+                let snapshot = self.snapshots.get(id)?;
+                fits(snapshot.parameters.backend, snapshot.content)?;
+                backend.check_snapshot(&snapshot)?;
+                Ok(Held::Snapshot(Box::new(snapshot)))
+            }
+            Some(Source::Volume(id)) => {
+                let guard = self.enter(id)?;
+                let record = self.records.get(id)?;
+                fits(record.parameters.backend, record.content)?;
+                let hold = self.hold(&record, backend)?;
+                Ok(Held::Volume(Box::new(record), guard, hold))
+            }
+        }
     }
 
     /// Removes a volume. One that is not there was removed before.
@@ -46,9 +151,38 @@ impl Volumes {
     /// [`Error::InUse`], [`Error::Busy`] while a mkfs runs, [`Error::Damaged`], [`Error::Io`].
     pub fn delete(&self, id: &VolumeId) -> Result<()> {
         let Some(record) = self.records.find(id) else { return Ok(()) };
+        let backend = self.backend_of(&record)?;
+        // What has no device that would be in use is in use where it is mounted.
+        if record.content == Content::Tree
+            && let Some(tree) = backend.attached(&record)?
+            && let Some(mount) = self.mounts(tree.as_ref())?.first()
+        {
+            let by = format!("it is mounted at {}", mount.target.display());
+            return Err(Error::InUse { id: id.clone(), by });
+        }
         let _intent = self.journal.begin(Intent::Delete { id: id.clone() })?;
-        self.backend.erase(id, &record.nonce)?;
+        backend.erase(id, &record.nonce)?;
         self.records.remove(id)
+    }
+
+    /// Changes what of a volume can change.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVolume`], [`Error::Unsupported`], [`Error::Io`].
+    pub fn modify(&self, request: &Modify) -> Result<()> {
+        let record = self.records.get(&request.id)?;
+        let mutable = record.mutable.with(&request.parameters)?;
+        let backend = self.backend_of(&record)?;
+        if !backend.features().modify {
+            return Err(unsupported(backend, "mutable_parameters"));
+        }
+        if mutable != record.mutable {
+            let mut changed = record.clone();
+            changed.mutable = mutable;
+            self.records.put(changed)?;
+        }
+        // Whatever was said before: what is attached is to have it now. A staging puts it into effect, too.
+        backend.attached(&record)?.map_or(Ok(()), |device| device.tune(&mutable))
     }
 
     /// The volume with this id.
@@ -59,20 +193,25 @@ impl Volumes {
         self.records.get(id)
     }
 
-    /// A page of volumes, and the token for the next one.
+    /// A page of volumes, and the token for the next one. Inline volumes are their pods' and not listed.
     pub fn list(&self, request: List) -> (Vec<Record>, Option<String>) {
-        let (page, more) = self.records.page(request.after, request.most);
+        let (page, more) = self.records.page(request.after, request.most, |record| !record.ephemeral);
         let token = page.last().filter(|_| more).map(|last| List::token(last.seq));
         (page, token)
     }
 
-    /// Bytes that a new volume could have.
+    /// Bytes that a new volume of this backend could have.
     ///
     /// # Errors
-    /// [`Error::Io`].
-    pub fn available(&self) -> Result<u64> {
-        self.records.unpromised(|records| self.backend.available(records))
+    /// [`Error::Invalid`] for a backend that is not served, [`Error::Io`].
+    pub fn available(&self, kind: BackendKind) -> Result<u64> {
+        let store = self.backend(kind)?.store();
+        self.promises.unpromised(store, || self.unclaimed(store))
     }
+}
+
+fn unsupported(backend: &dyn Backend, what: &'static str) -> Error {
+    Error::Unsupported { what, backend: backend.kind().as_str(), why: "its class has to name another one".into() }
 }
 
 /// Whether the volume of that name is the one that is asked for.
@@ -87,6 +226,9 @@ fn same(record: &Record, request: &Create) -> Result<()> {
     }
     if record.parameters != request.parameters {
         return exists(format!("{:?}", record.parameters), format!("{:?}", request.parameters));
+    }
+    if record.source != request.source {
+        return exists(format!("{:?}", record.source), format!("{:?}", request.source));
     }
     Ok(())
 }

@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::model::{Record, State};
 use crate::request::{Access, Publish, TargetPath, Unpublish};
 use crate::state::Intent;
-use crate::sys::mount;
 use crate::sys::target::{Found, Target};
+use crate::sys::{group, mount};
 
 impl Volumes {
     /// Mounts a staged volume, or its device's node, at a pod's target.
@@ -17,17 +17,11 @@ impl Volumes {
     /// the target; [`Error::PublishedOtherwise`]; [`Error::InUse`] for a second target of a single writer; [`Error::Io`].
     pub fn publish(&self, request: &Publish) -> Result<()> {
         let record = self.records.get(&request.id)?;
-        if record.content != request.usage.content {
-            return Err(Error::Invalid {
-                field: "volume_capability",
-                value: request.usage.content.to_string(),
-                expected: format!("what volume {} is: {}", record.id, record.content),
-            });
-        }
+        request.usage.fits(record.content, &record.id)?;
         let device = self.staged(&record, request)?;
         let target = Target::require(&request.target)?;
         match target.look()? {
-            found @ Found::Mounted { read_only, .. } if is_of(&found, device.as_ref()) => {
+            found @ Found::Mounted { read_only, .. } if device.is(&found) => {
                 let read_only = if request.block() { device.read_only()? } else { read_only };
                 return already(request, read_only);
             }
@@ -47,6 +41,10 @@ impl Volumes {
             device.node()?
         } else {
             let staging = Target::require(&request.staging)?;
+            if let (Some(gid), Some(root)) = (request.usage.group.filter(|_| !request.read_only), staging.directory()?)
+            {
+                group::give(&root, gid)?;
+            }
             mount::bind(staging.handle()?, request.read_only, staging.path())?
         };
         mount.attach(target.handle()?, target.path())
@@ -66,7 +64,7 @@ impl Volumes {
         if !request.block() {
             let staging = Target::open(&request.staging)?.ok_or_else(|| not_staged("no such path".into()))?;
             match staging.look()? {
-                Found::Mounted { fs, .. } if fs == device.dev() => {}
+                found if device.is(&found) => {}
                 found => return Err(staging.unexpected("the volume staged there", &found)),
             }
         }
@@ -105,17 +103,12 @@ impl Volumes {
     pub(super) fn withdraw(&self, record: &Record, target: &TargetPath) -> Result<()> {
         let Some(target) = Target::open(target)? else { return Ok(()) };
         let device = self.device(record)?;
-        let ours = |found: &Found| device.as_deref().is_some_and(|device| is_of(found, device));
+        let ours = |found: &Found| device.as_deref().is_some_and(|device| device.is(found));
         match target.unmount(ours)? {
             found @ Found::Mounted { .. } => Err(target.unexpected("a mount of this volume, or none", &found)),
             _ => target.remove(),
         }
     }
-}
-
-/// Whether what is mounted is the device's filesystem, or its node.
-pub(super) fn is_of(found: &Found, device: &dyn Attached) -> bool {
-    matches!(found, Found::Mounted { fs, node, .. } if *fs == device.dev() || *node == device.dev())
 }
 
 fn already(request: &Publish, read_only: bool) -> Result<()> {

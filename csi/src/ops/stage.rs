@@ -6,15 +6,17 @@
 use super::Volumes;
 use crate::backend::Locked;
 use crate::error::{Error, Result};
-use crate::model::{Content, FsType, Record, State};
+use crate::model::{Content, MountOptions, Record, State};
 use crate::request::{Stage, TargetPath, Unstage};
 use crate::state::{Intent, Open};
 use crate::sys::target::{Found, Target};
+use crate::sys::{group, grow};
 
 /// A staging under way: the image is locked and the intent written down.
 pub struct Staging {
     request: Stage,
     record: Record,
+    options: MountOptions,
     locked: Box<dyn Locked>,
     _intent: Open,
 }
@@ -22,14 +24,7 @@ pub struct Staging {
 impl Staging {
     /// Whether there is no filesystem yet.
     pub fn needs_format(&self) -> bool {
-        self.filesystem().is_some() && self.record.state() != State::Formatted
-    }
-
-    fn filesystem(&self) -> Option<FsType> {
-        match self.record.content {
-            Content::Raw => None,
-            Content::Filesystem(fs) => Some(fs),
-        }
+        self.record.content.filesystem().is_some() && self.record.state() != State::Formatted
     }
 }
 
@@ -41,13 +36,8 @@ impl Volumes {
     /// mounted at the path, [`Error::Busy`] while an earlier mkfs runs, [`Error::Damaged`], [`Error::Io`].
     pub fn stage(&self, request: Stage) -> Result<Option<Staging>> {
         let record = self.records.get(&request.id)?;
-        if record.content != request.usage.content {
-            return Err(Error::Invalid {
-                field: "volume_capability",
-                value: request.usage.content.to_string(),
-                expected: format!("what volume {} is: {}", record.id, record.content),
-            });
-        }
+        request.usage.fits(record.content, &record.id)?;
+        let options = request.usage.options(record.content)?;
         let device = self.device(&record)?;
         if record.content == Content::Raw {
             if device.is_some() && record.state() == State::Formatted {
@@ -56,16 +46,16 @@ impl Volumes {
         } else {
             let target = Target::require(&request.staging)?;
             match (target.look()?, &device) {
-                (Found::Mounted { fs, .. }, Some(device)) if fs == device.dev() => return Ok(None),
+                (found @ Found::Mounted { .. }, Some(device)) if device.is(&found) => return Ok(None),
                 (found @ Found::Mounted { .. }, _) => return Err(target.unexpected("nothing mounted yet", &found)),
                 _ => {}
             }
         }
         drop(device);
-        let locked = self.backend.lock(&record)?;
+        let locked = self.backend_of(&record)?.lock(&record)?;
         let intent = Intent::Stage { id: request.id.clone(), path: request.staging.absolute() };
         let intent = self.journal.begin(intent)?;
-        Ok(Some(Staging { request, record, locked, _intent: intent }))
+        Ok(Some(Staging { request, record, options, locked, _intent: intent }))
     }
 
     /// Makes the filesystem. Only what our own record says was never handed out is ever formatted.
@@ -73,7 +63,7 @@ impl Volumes {
     /// # Errors
     /// [`Error::Mkfs`], [`Error::Io`].
     pub fn format(&self, mut staging: Staging) -> Result<Staging> {
-        let (Some(fs), Some(formatting)) = (staging.filesystem(), staging.record.formatting()) else {
+        let (Some(_), Some(formatting)) = (staging.record.content.filesystem(), staging.record.formatting()) else {
             return Ok(staging);
         };
         let cut_short = staging.record.state() == State::Formatting;
@@ -81,7 +71,7 @@ impl Volumes {
         if cut_short {
             staging.locked.wipe()?;
         }
-        staging.locked.format(fs)?;
+        staging.locked.format()?;
         staging.record = formatting.formatted();
         self.records.put(staging.record.clone())?;
         Ok(staging)
@@ -92,22 +82,41 @@ impl Volumes {
     /// # Errors
     /// [`Error::Io`], [`Error::State`].
     pub fn finish(&self, mut staging: Staging) -> Result<()> {
-        let read_only = staging.request.read_only();
-        let Some(fs) = staging.filesystem() else {
-            if staging.record.state() != State::Formatted {
-                // Whoever gets the device may write to it: from here on it is not ours to format.
-                self.records.put(staging.record.formatted())?;
-            }
-            return staging.locked.attach(read_only);
-        };
-        if staging.record.state() != State::Formatted {
+        let read_only = staging.request.read_only;
+        let formatted = staging.record.state() == State::Formatted;
+        if !formatted && staging.record.content.filesystem().is_none() {
+            // Whoever gets it may write to it: from here on it is not ours to format.
+            staging.record = staging.record.formatted();
+            self.records.put(staging.record.clone())?;
+        } else if !formatted {
             let what = format!("the record of volume {}", staging.record.id);
             let found = format!("{:?}", staging.record.state());
             return Err(Error::State { what, expected: "Formatted before the first mount".into(), found });
         }
+        if staging.record.content == Content::Raw {
+            return staging.locked.attach(read_only);
+        }
         let target = Target::require(&staging.request.staging)?;
         target.create(true)?;
-        let mount = staging.locked.mount(fs, &staging.request.usage.options, read_only)?;
+        if staging.record.filled.is_some()
+            && let Some(fs) = staging.record.content.filesystem()
+            && !grow::allowed(fs)
+        {
+            staging.locked.grow()?;
+            staging.record = staging.record.filled();
+            self.records.put(staging.record.clone())?;
+        }
+        let mount = staging.locked.mount(&staging.options, read_only)?;
+        if !read_only {
+            // Nobody sees it yet: whoever does finds it whole.
+            let root = mount.root()?;
+            if staging.record.filled.is_some() {
+                self.fill(&staging.record, &root)?;
+            }
+            if let Some(gid) = staging.request.usage.group {
+                group::give(&root, gid)?;
+            }
+        }
         mount.attach(target.handle()?, target.path())
     }
 
@@ -128,10 +137,10 @@ impl Volumes {
             return Err(Error::InUse { id: record.id.clone(), by: format!("it is mounted at {}", target.display()) });
         }
         if let Some(target) = Target::open(staging)? {
-            target.unmount(|found| matches!(found, Found::Mounted { fs, .. } if *fs == device.dev()))?;
+            target.unmount(|found| device.is(found))?;
         }
         // It is held open by us until here.
         drop(device);
-        self.backend.detach(record)
+        self.backend_of(record)?.detach(record)
     }
 }

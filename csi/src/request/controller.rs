@@ -1,10 +1,12 @@
 //! Requests of the controller service.
 
-use super::{MAX_STRING, Usage, known_id, required, string};
+use std::collections::HashMap;
+
+use super::{MAX_STRING, Usage, known_id, known_snapshot, required, string};
 use crate::TOPOLOGY_KEY;
 use crate::csi;
 use crate::error::{Error, Result};
-use crate::model::{Content, GRAIN, Parameters, VolumeId};
+use crate::model::{BackendKind, Content, GRAIN, Mutable, Parameters, Shape, Source, VolumeId};
 
 /// The size of a volume when nobody asks for one.
 const DEFAULT_SIZE: u64 = 1 << 30;
@@ -14,9 +16,7 @@ const DEFAULT_SIZE: u64 = 1 << 30;
 pub struct Create {
     /// The caller's name of it.
     pub name: String,
-    /// The size to make it, in bytes.
-    pub size: u64,
-    /// The least that a volume found by this name may have.
+    /// The least that it may have, in bytes.
     pub least: u64,
     /// The most, where there is a limit.
     pub most: Option<u64>,
@@ -24,6 +24,12 @@ pub struct Create {
     pub content: Content,
     /// The StorageClass's parameters.
     pub parameters: Parameters,
+    /// The VolumeAttributesClass's.
+    pub mutable: Mutable,
+    /// What it is made from.
+    pub source: Option<Source>,
+    /// Whether it is one pod's only.
+    pub ephemeral: bool,
 }
 
 impl Create {
@@ -32,27 +38,28 @@ impl Create {
     /// # Errors
     /// As the module says, and [`Error::OutOfRange`] and [`Error::WrongTopology`].
     pub fn parse(request: csi::CreateVolumeRequest, node: &str) -> Result<Self> {
-        let name = required("name", request.name)?;
-        if name.len() > MAX_STRING || name.chars().any(char::is_control) {
-            let expected = format!("at most {MAX_STRING} bytes without control characters");
-            return Err(Error::Invalid { field: "name", value: string(&name), expected });
-        }
-        let content = Usage::parse_all(&request.volume_capabilities)?;
-        if request.volume_content_source.is_some() {
-            return Err(unserved("volume_content_source", "a source", "neither snapshots nor clones are advertised"));
-        }
-        if let Some(key) = request.mutable_parameters.keys().min() {
-            return Err(unserved("mutable_parameters", key, "MODIFY_VOLUME is not advertised"));
-        }
-        let parameters = Parameters::parse(&request.parameters, content)?;
-        let range = request.capacity_range.unwrap_or_default();
-        let least = bytes("capacity_range.required_bytes", range.required_bytes)?;
-        let most = Some(bytes("capacity_range.limit_bytes", range.limit_bytes)?).filter(|&most| most != 0);
-        let size = size(least, most, content)?;
+        let name = name(request.name)?;
+        let (shape, usages) = Usage::parse_all(&request.volume_capabilities)?;
+        let (parameters, content) = Parameters::parse(&request.parameters, shape)?;
+        usages.iter().try_for_each(|usage| usage.options(content).map(drop))?;
+        let source = request.volume_content_source.map(source).transpose()?;
+        let mutable = Mutable::default().with(&request.mutable_parameters)?;
+        let (least, most) = range(request.capacity_range)?;
         if let Some(wanted) = &request.accessibility_requirements {
             reachable(wanted, node)?;
         }
-        Ok(Self { name, size, least, most, content, parameters })
+        let create = Self { name, least, most, content, parameters, mutable, source, ephemeral: false };
+        create.size(0)?;
+        Ok(create)
+    }
+
+    /// The size to make: what is asked for, at least the minimum and what the source has, rounded up to whole blocks,
+    /// within the limit.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`].
+    pub fn size(&self, source: u64) -> Result<u64> {
+        size(self.least, self.most, self.content, source)
     }
 
     /// Whether a volume of this size answers the request.
@@ -61,22 +68,109 @@ impl Create {
     }
 }
 
-fn unserved(field: &'static str, value: &str, why: &str) -> Error {
-    Error::Invalid { field, value: string(value), expected: format!("served: {why}") }
+/// A name that a caller gives.
+pub(super) fn name(name: String) -> Result<String> {
+    let name = required("name", name)?;
+    if name.len() > MAX_STRING || name.chars().any(char::is_control) {
+        let expected = format!("at most {MAX_STRING} bytes without control characters");
+        return Err(Error::Invalid { field: "name", value: string(&name), expected });
+    }
+    Ok(name)
+}
+
+fn source(source: csi::VolumeContentSource) -> Result<Source> {
+    use csi::volume_content_source::Type;
+    match source.r#type {
+        Some(Type::Snapshot(snapshot)) => {
+            let id = required("volume_content_source.snapshot.snapshot_id", snapshot.snapshot_id)?;
+            known_snapshot(&id).map(Source::Snapshot)
+        }
+        Some(Type::Volume(volume)) => {
+            let id = required("volume_content_source.volume.volume_id", volume.volume_id)?;
+            known_id(&id).map(Source::Volume)
+        }
+        None => Err(Error::Missing { field: "volume_content_source.type" }),
+    }
+}
+
+fn range(range: Option<csi::CapacityRange>) -> Result<(u64, Option<u64>)> {
+    let range = range.unwrap_or_default();
+    let least = bytes("capacity_range.required_bytes", range.required_bytes)?;
+    let most = Some(bytes("capacity_range.limit_bytes", range.limit_bytes)?).filter(|&most| most != 0);
+    Ok((least, most))
+}
+
+/// A volume to make larger.
+#[derive(Clone, Debug)]
+pub struct Expand {
+    /// The volume.
+    pub id: VolumeId,
+    /// The least that it is to have, in bytes.
+    pub least: u64,
+    /// The most, where there is a limit.
+    pub most: Option<u64>,
+    /// What the caller takes it for, when it says so.
+    pub usage: Option<Usage>,
+}
+
+impl Expand {
+    /// Validates a request.
+    ///
+    /// # Errors
+    /// As the module says, and [`Error::OutOfRange`].
+    pub fn parse(request: csi::ControllerExpandVolumeRequest) -> Result<Self> {
+        let id = required("volume_id", request.volume_id)?;
+        let given = request.capacity_range.ok_or(Error::Missing { field: "capacity_range" })?;
+        let (least, most) = range(Some(given))?;
+        if least == 0 && most.is_none() {
+            return Err(Error::Missing { field: "capacity_range.required_bytes" });
+        }
+        let usage = request.volume_capability.as_ref().map(|capability| Usage::parse(Some(capability))).transpose()?;
+        Ok(Self { id: known_id(&id)?, least, most, usage })
+    }
+
+    /// The size to bring a volume of `has` bytes to: never less than it has.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`].
+    pub fn size(&self, has: u64, content: Content) -> Result<u64> {
+        size(self.least.max(has), self.most, content, 0)
+    }
+}
+
+/// A volume to change.
+#[derive(Clone, Debug)]
+pub struct Modify {
+    /// The volume.
+    pub id: VolumeId,
+    /// What changes; the rest stays.
+    pub parameters: HashMap<String, String>,
+}
+
+impl Modify {
+    /// Validates a request.
+    ///
+    /// # Errors
+    /// As the module says.
+    pub fn parse(request: csi::ControllerModifyVolumeRequest) -> Result<Self> {
+        let id = required("volume_id", request.volume_id)?;
+        Mutable::default().with(&request.mutable_parameters)?;
+        Ok(Self { id: known_id(&id)?, parameters: request.mutable_parameters })
+    }
 }
 
 fn bytes(field: &'static str, value: i64) -> Result<u64> {
     value.try_into().map_err(|_| Error::Invalid { field, value: value.to_string(), expected: "at least 0".into() })
 }
 
-/// The size to make: what is asked for, at least the minimum, rounded up to whole blocks, within the limit.
-fn size(least: u64, most: Option<u64>, content: Content) -> Result<u64> {
+fn size(least: u64, most: Option<u64>, content: Content, source: u64) -> Result<u64> {
     let out = |why: String| Err(Error::OutOfRange { wanted: least.max(most.unwrap_or(0)), why });
     if most.is_some_and(|most| most < least) {
         return out("limit_bytes is less than required_bytes".into());
     }
-    let minimum = content.min_size();
-    let wanted = if least == 0 { DEFAULT_SIZE.min(most.unwrap_or(DEFAULT_SIZE)) / GRAIN * GRAIN } else { least };
+    let minimum = content.min_size().max(source);
+    let wanted =
+        if least == 0 && source == 0 { DEFAULT_SIZE.min(most.unwrap_or(DEFAULT_SIZE)) / GRAIN * GRAIN } else { least };
     // Half of what the kernel's loff_t holds: far more than any pool has, and no sum here can overflow.
     let Some(size) = wanted.max(minimum).checked_next_multiple_of(GRAIN).filter(|&size| size < 1 << 62) else {
         return out("it is larger than a file can be".into());
@@ -103,7 +197,9 @@ fn reachable(wanted: &csi::TopologyRequirement, node: &str) -> Result<()> {
 #[derive(Clone, Debug)]
 pub struct Capacity {
     /// What it would be handed out as, when the request says so.
-    pub content: Option<Content>,
+    pub shape: Option<Shape>,
+    /// Where it would live.
+    pub backend: BackendKind,
     /// Whether the question is about this node.
     pub here: bool,
 }
@@ -114,18 +210,19 @@ impl Capacity {
     /// # Errors
     /// As the module says.
     pub fn parse(request: &csi::GetCapacityRequest, node: &str) -> Result<Self> {
-        // Parameters are not judged here: external-provisioner asks with keys that it takes out of a CreateVolume, and a
+        // Parameters but for the backend are not judged here: external-provisioner asks with keys that it takes out of a CreateVolume, and a
         // class with a wrong one would look to the scheduler like a full pool. CreateVolume refuses it, for its owner to
         // see.
-        let content = match request.volume_capabilities.as_slice() {
+        let shape = match request.volume_capabilities.as_slice() {
             [] => None,
-            capabilities => Some(Usage::parse_all(capabilities)?),
+            capabilities => Some(Usage::parse_all(capabilities)?.0),
         };
+        let backend = request.parameters.get("backend").and_then(|name| name.parse().ok()).unwrap_or_default();
         let here = request
             .accessible_topology
             .as_ref()
             .is_none_or(|topology| topology.segments.iter().all(|(key, value)| key == TOPOLOGY_KEY && value == node));
-        Ok(Self { content, here })
+        Ok(Self { shape, backend, here })
     }
 }
 
@@ -134,10 +231,12 @@ impl Capacity {
 pub struct Validate {
     /// The volume.
     pub id: VolumeId,
-    /// What it would be in those ways, or why no volume of this driver can be.
-    pub content: std::result::Result<Content, String>,
+    /// Those ways, or why no volume of this driver can be used so.
+    pub usages: std::result::Result<(Shape, Vec<Usage>), String>,
     /// The parameters that it should have been made with, or what is wrong with them.
     pub parameters: std::result::Result<Option<Parameters>, String>,
+    /// Mutable parameters that it should have.
+    pub mutable: HashMap<String, String>,
     /// Whether the volume context is the one that we give out, which is empty.
     pub context_matches: bool,
 }
@@ -149,49 +248,49 @@ impl Validate {
     /// As the module says; what a volume cannot be is no error, but an answer.
     pub fn parse(request: &csi::ValidateVolumeCapabilitiesRequest) -> Result<Self> {
         let id = required("volume_id", request.volume_id.clone())?;
-        let content = match Usage::parse_all(&request.volume_capabilities) {
+        let usages = match Usage::parse_all(&request.volume_capabilities) {
             Err(error @ Error::Missing { .. }) => return Err(error),
             other => other.map_err(|error| error.to_string()),
         };
-        let parameters = match &content {
-            Ok(content) if !request.parameters.is_empty() => {
-                Parameters::parse(&request.parameters, *content).map(Some).map_err(|error| error.to_string())
-            }
+        let parameters = match &usages {
+            Ok((shape, _)) if !request.parameters.is_empty() => Parameters::parse(&request.parameters, *shape)
+                .map(|(parameters, _)| Some(parameters))
+                .map_err(|error| error.to_string()),
             _ => Ok(None),
         };
-        let context_matches = request.volume_context.is_empty() && request.mutable_parameters.is_empty();
-        Ok(Self { id: known_id(&id)?, content, parameters, context_matches })
+        let (mutable, context_matches) = (request.mutable_parameters.clone(), request.volume_context.is_empty());
+        Ok(Self { id: known_id(&id)?, usages, parameters, mutable, context_matches })
     }
 }
 
-/// A page of the list of volumes.
+/// A page of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct List {
-    /// Volumes with a higher sequence number are wanted.
+    /// Entries with a higher sequence number are wanted.
     pub after: u64,
     /// The most entries to answer with.
     pub most: usize,
 }
 
 impl List {
-    /// Validates a request.
+    /// Validates the two fields that each list has.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a negative count, [`Error::BadToken`].
-    pub fn parse(request: &csi::ListVolumesRequest) -> Result<Self> {
-        let most = match bytes("max_entries", request.max_entries.into())? {
+    pub fn parse(max_entries: i32, starting_token: &str) -> Result<Self> {
+        let most = match bytes("max_entries", max_entries.into())? {
             0 => usize::MAX,
             most => most as usize,
         };
-        let bad = || Error::BadToken { token: string(&request.starting_token) };
-        let after = match request.starting_token.as_str() {
+        let bad = || Error::BadToken { token: string(starting_token) };
+        let after = match starting_token {
             "" => 0,
             token => token.strip_prefix("after-").and_then(|seq| seq.parse().ok()).ok_or_else(bad)?,
         };
         Ok(Self { after, most })
     }
 
-    /// The token for what follows the volume with this sequence number.
+    /// The token for what follows the entry with this sequence number.
     pub fn token(seq: u64) -> String {
         format!("after-{seq}")
     }
@@ -222,7 +321,7 @@ mod tests {
 
     #[test]
     fn sizes() {
-        let make = |least, most| Create::parse(request(least, most), "n").map(|create| create.size);
+        let make = |least, most| Create::parse(request(least, most), "n").map(|create| create.size(0).unwrap());
         assert_eq!(make(0, 0).unwrap(), DEFAULT_SIZE);
         assert_eq!(make(1, 0).unwrap(), EXT4.min_size());
         assert_eq!(make(64 << 20, 64 << 20).unwrap(), 64 << 20);
@@ -238,9 +337,10 @@ mod tests {
         #[test]
         fn a_size_always_answers_its_own_request(least in 0i64..1 << 45, most in 0i64..1 << 45) {
             if let Ok(create) = Create::parse(request(least, most), "n") {
-                prop_assert!(create.accepts_size(create.size));
-                prop_assert_eq!(create.size % GRAIN, 0);
-                prop_assert!(create.size >= EXT4.min_size());
+                let size = create.size(0).unwrap();
+                prop_assert!(create.accepts_size(size));
+                prop_assert_eq!(size % GRAIN, 0);
+                prop_assert!(size >= EXT4.min_size());
             }
         }
     }
@@ -262,6 +362,15 @@ mod tests {
     }
 
     #[test]
+    fn a_source_is_the_least() {
+        let size = |least, most, source| Create::parse(request(least, most), "n").unwrap().size(source);
+        assert_eq!(size(0, 0, 64 << 20).unwrap(), 64 << 20);
+        assert_eq!(size(32 << 20, 0, 64 << 20).unwrap(), 64 << 20);
+        assert_eq!(size(100 << 20, 0, 64 << 20).unwrap(), 100 << 20);
+        assert_eq!(size(32 << 20, 48 << 20, 64 << 20).unwrap_err().code(), tonic::Code::OutOfRange);
+    }
+
+    #[test]
     fn what_is_not_served_is_refused() {
         let source = csi::CreateVolumeRequest { volume_content_source: Some(Default::default()), ..request(0, 0) };
         assert!(Create::parse(source, "n").is_err());
@@ -276,10 +385,10 @@ mod tests {
 
     #[test]
     fn tokens() {
-        let list = |token: &str| List::parse(&csi::ListVolumesRequest { max_entries: 2, starting_token: token.into() });
+        let list = |token: &str| List::parse(2, token);
         assert_eq!(list(&List::token(7)).unwrap(), List { after: 7, most: 2 });
         assert_eq!(list("").unwrap().after, 0);
         assert_eq!(list("invalid-token").unwrap_err().code(), tonic::Code::Aborted);
-        assert!(List::parse(&csi::ListVolumesRequest { max_entries: -1, ..Default::default() }).is_err());
+        assert!(List::parse(-1, "").is_err());
     }
 }

@@ -4,16 +4,20 @@
 //! (NOT_FOUND when it is none that this driver can have issued).
 
 mod controller;
+mod inline;
 mod node;
 mod path;
+mod snapshot;
 
-pub use controller::{Capacity, Create, List, Validate};
-pub use node::{Publish, Stage, Stats, Unpublish, Unstage};
+pub use controller::{Capacity, Create, Expand, List, Modify, Validate};
+pub use inline::{Inline, inline_name};
+pub use node::{NodeExpand, Publish, Stage, Stats, Unpublish, Unstage};
 pub use path::TargetPath;
+pub use snapshot::{ListSnapshots, Take, TakeGroup, group_of};
 
 use crate::csi;
 use crate::error::{Error, Result};
-use crate::model::{Content, FsType, MountOptions, VolumeId};
+use crate::model::{Content, FsType, MountOptions, Shape, SnapshotId, VolumeId};
 use csi::volume_capability::AccessType;
 use csi::volume_capability::access_mode::Mode;
 
@@ -24,11 +28,13 @@ const MAX_STRING: usize = 128;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Usage {
     /// As a block device or mounted.
-    pub content: Content,
+    pub shape: Shape,
     /// Who may use it how.
     pub access: Access,
-    /// Mount options; the defaults for a block device.
-    pub options: MountOptions,
+    /// Mount options as they came.
+    flags: Vec<String>,
+    /// The group that everything in the volume is to belong to.
+    pub group: Option<u32>,
 }
 
 /// The access modes that a volume of one node can have.
@@ -64,45 +70,79 @@ impl Usage {
         };
         let access_type =
             capability.access_type.as_ref().ok_or(Error::Missing { field: "volume_capability.access_type" })?;
-        let (content, options) = match access_type {
-            AccessType::Block(_) => (Content::Raw, MountOptions::default()),
-            AccessType::Mount(mount) => {
-                if !mount.volume_mount_group.is_empty() {
-                    return Err(Error::Invalid {
-                        field: "volume_capability.mount.volume_mount_group",
-                        value: string(&mount.volume_mount_group),
-                        expected: "empty; VOLUME_MOUNT_GROUP is not advertised".into(),
-                    });
-                }
-                let fs: FsType = mount.fs_type.parse().map_err(|()| Error::Invalid {
-                    field: "volume_capability.mount.fs_type",
-                    value: string(&mount.fs_type),
-                    expected: "ext4 or xfs".into(),
-                })?;
-                (Content::Filesystem(fs), MountOptions::parse(&mount.mount_flags, fs)?)
-            }
+        let AccessType::Mount(mount) = access_type else {
+            return Ok(Self { shape: Shape::Block, access, flags: Vec::new(), group: None });
         };
-        Ok(Self { content, access, options })
+        let fs = match mount.fs_type.as_str() {
+            "" => None,
+            name => Some(name.parse::<FsType>().map_err(|()| Error::Invalid {
+                field: "volume_capability.mount.fs_type",
+                value: string(name),
+                expected: "ext4, xfs or btrfs".into(),
+            })?),
+        };
+        let group = match mount.volume_mount_group.as_str() {
+            "" => None,
+            // The last number is what chown takes for "leave it".
+            number => Some(number.parse().ok().filter(|&gid| gid != u32::MAX).ok_or_else(|| Error::Invalid {
+                field: "volume_capability.mount.volume_mount_group",
+                value: string(number),
+                expected: "the number of a group".into(),
+            })?),
+        };
+        Ok(Self { shape: Shape::Mount(fs), access, flags: mount.mount_flags.clone(), group })
+    }
+
+    /// The mount options, for a volume that is this.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming the option.
+    pub fn options(&self, content: Content) -> Result<MountOptions> {
+        MountOptions::parse(&self.flags, content.filesystem())
+    }
+
+    /// Whether nothing may be written by way of it, as far as it says.
+    pub fn read_only(&self) -> bool {
+        let says_ro = |flag: &String| flag.split(',').any(|option| option.trim() == "ro");
+        self.access == Access::Reader || self.flags.iter().any(says_ro)
+    }
+
+    /// Refuses to use a volume as what it is not.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`].
+    pub fn fits(&self, content: Content, id: &VolumeId) -> Result<()> {
+        if content.is(self.shape) {
+            return Ok(());
+        }
+        Err(Error::Invalid {
+            field: "volume_capability",
+            value: self.shape.to_string(),
+            expected: format!("what volume {id} is: {content}"),
+        })
     }
 
     /// Reads the capabilities of a volume to be; all must agree on what the volume is.
     ///
     /// # Errors
     /// [`Error::Missing`] or [`Error::Invalid`].
-    pub fn parse_all(capabilities: &[csi::VolumeCapability]) -> Result<Content> {
-        let mut content = None;
-        for capability in capabilities {
-            let usage = Self::parse(Some(capability))?;
-            if content.is_some_and(|content| content != usage.content) {
-                return Err(Error::Invalid {
-                    field: "volume_capabilities",
-                    value: usage.content.to_string(),
-                    expected: "the same kind of volume in each capability".into(),
-                });
-            }
-            content = Some(usage.content);
+    pub fn parse_all(capabilities: &[csi::VolumeCapability]) -> Result<(Shape, Vec<Self>)> {
+        let usages = capabilities.iter().map(|capability| Self::parse(Some(capability))).collect::<Result<Vec<_>>>()?;
+        let mut shape = usages.first().ok_or(Error::Missing { field: "volume_capabilities" })?.shape;
+        for usage in &usages {
+            shape = match (shape, usage.shape) {
+                (Shape::Mount(None), Shape::Mount(fs)) | (Shape::Mount(fs), Shape::Mount(None)) => Shape::Mount(fs),
+                (one, other) if one == other => one,
+                (_, other) => {
+                    return Err(Error::Invalid {
+                        field: "volume_capabilities",
+                        value: other.to_string(),
+                        expected: "the same kind of volume in each capability".into(),
+                    });
+                }
+            };
         }
-        content.ok_or(Error::Missing { field: "volume_capabilities" })
+        Ok((shape, usages))
     }
 }
 
@@ -113,6 +153,11 @@ fn required(field: &'static str, value: String) -> Result<String> {
 /// An id that is not of our form names no volume.
 pub(crate) fn known_id(id: &str) -> Result<VolumeId> {
     id.parse().map_err(|_| Error::NoSuchVolume { id: string(id) })
+}
+
+/// As [`known_id`], for snapshots.
+pub(crate) fn known_snapshot(id: &str) -> Result<SnapshotId> {
+    id.parse().map_err(|_| Error::NoSuchSnapshot { id: string(id) })
 }
 
 fn string(text: &str) -> String {
@@ -149,17 +194,32 @@ mod tests {
 
     #[test]
     fn the_filesystem_is_one_of_ours() {
-        let fs = |name| Usage::parse(Some(&capability(mount(name), Mode::SingleNodeWriter))).map(|usage| usage.content);
-        assert_eq!(fs("").unwrap(), Content::Filesystem(FsType::Ext4));
-        assert_eq!(fs("xfs").unwrap(), Content::Filesystem(FsType::Xfs));
-        assert!(fs("btrfs").unwrap_err().to_string().contains("btrfs"));
+        let fs = |name| Usage::parse(Some(&capability(mount(name), Mode::SingleNodeWriter))).map(|usage| usage.shape);
+        assert_eq!(fs("").unwrap(), Shape::Mount(None));
+        assert_eq!(fs("xfs").unwrap(), Shape::Mount(Some(FsType::Xfs)));
+        assert!(fs("ntfs").unwrap_err().to_string().contains("ntfs"));
     }
 
     #[test]
     fn capabilities_must_agree() {
         let w = Mode::SingleNodeWriter;
-        assert!(Usage::parse_all(&[capability(mount("ext4"), w), capability(mount(""), w)]).is_ok());
+        let (shape, usages) = Usage::parse_all(&[capability(mount("xfs"), w), capability(mount(""), w)]).unwrap();
+        assert_eq!((shape, usages.len()), (Shape::Mount(Some(FsType::Xfs)), 2));
+        assert!(Usage::parse_all(&[capability(mount("ext4"), w), capability(mount("xfs"), w)]).is_err());
         assert!(Usage::parse_all(&[capability(mount("ext4"), w), capability(block(), w)]).is_err());
         assert!(matches!(Usage::parse_all(&[]), Err(Error::Missing { .. })));
+    }
+
+    #[test]
+    fn a_group_is_a_number() {
+        let group = |text: &str| {
+            let mount = csi::volume_capability::MountVolume { volume_mount_group: text.into(), ..Default::default() };
+            Usage::parse(Some(&capability(AccessType::Mount(mount), Mode::SingleNodeWriter))).map(|usage| usage.group)
+        };
+        assert_eq!(group("1000").unwrap(), Some(1000));
+        assert_eq!(group("").unwrap(), None);
+        for bad in ["-1", "root", "4294967295", "1000 "] {
+            assert!(group(bad).is_err(), "{bad}");
+        }
     }
 }

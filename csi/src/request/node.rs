@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::{Access, TargetPath, Usage, known_id, required};
+use super::{TargetPath, Usage, known_id, required};
 use crate::csi;
 use crate::error::{Error, Result};
-use crate::model::{Content, VolumeId};
+use crate::model::{Shape, VolumeId};
 
 /// A volume to bring to this node's staging path.
 #[derive(Clone, Debug)]
@@ -16,6 +16,8 @@ pub struct Stage {
     pub staging: TargetPath,
     /// How.
     pub usage: Usage,
+    /// Whether nothing may be written by way of it.
+    pub read_only: bool,
 }
 
 impl Stage {
@@ -27,12 +29,7 @@ impl Stage {
         let id = required("volume_id", request.volume_id)?;
         let staging = TargetPath::parse("staging_target_path", &request.staging_target_path, kubelet_dir)?;
         let usage = Usage::parse(request.volume_capability.as_ref())?;
-        Ok(Self { id: known_id(&id)?, staging, usage })
-    }
-
-    /// Whether nothing may be written through this staging.
-    pub fn read_only(&self) -> bool {
-        self.usage.access == Access::Reader || self.usage.options.read_only
+        Ok(Self { id: known_id(&id)?, staging, read_only: usage.read_only(), usage })
     }
 }
 
@@ -89,13 +86,13 @@ impl Publish {
                 expected: "another path than staging_target_path".into(),
             });
         }
-        let read_only = request.readonly || usage.access == Access::Reader || usage.options.read_only;
+        let read_only = request.readonly || usage.read_only();
         Ok(Self { id: known_id(&id)?, staging, target, usage, read_only })
     }
 
     /// Whether a block device is wanted.
     pub fn block(&self) -> bool {
-        self.usage.content == Content::Raw
+        self.usage.shape == Shape::Block
     }
 }
 
@@ -120,11 +117,39 @@ impl Unpublish {
     }
 }
 
-/// A question how full a volume is.
+/// A volume whose filesystem is to fill its device.
 #[derive(Clone, Debug)]
-pub struct Stats {
+pub struct NodeExpand {
     /// The volume.
     pub id: VolumeId,
+    /// Where it is staged or published.
+    pub path: TargetPath,
+    /// The least that it is to have, in bytes.
+    pub least: u64,
+}
+
+impl NodeExpand {
+    /// Validates a request; targets must lie below `kubelet_dir`.
+    ///
+    /// # Errors
+    /// As the module says; a path that cannot be a target of ours is [`Error::NotFound`].
+    pub fn parse(request: csi::NodeExpandVolumeRequest, kubelet_dir: &Path) -> Result<Self> {
+        let id = required("volume_id", request.volume_id)?;
+        let path = required("volume_path", request.volume_path)?;
+        let (id, path) = (known_id(&id)?, found_path(&path, kubelet_dir)?);
+        let least = request.capacity_range.map_or(0, |range| range.required_bytes).try_into().map_err(|_| {
+            let expected = "at least 0".into();
+            Error::Invalid { field: "capacity_range.required_bytes", value: "a negative number".into(), expected }
+        })?;
+        Ok(Self { id, path, least })
+    }
+}
+
+/// A question about a volume, as it is on this node.
+#[derive(Clone, Debug)]
+pub struct Stats {
+    /// The volume, as the caller names it: an inline one has a handle of the kubelet's.
+    pub id: String,
     /// Where it is staged or published.
     pub path: TargetPath,
 }
@@ -134,14 +159,19 @@ impl Stats {
     ///
     /// # Errors
     /// As the module says; a path that cannot be a target of ours is [`Error::NotFound`].
-    pub fn parse(request: csi::NodeGetVolumeStatsRequest, kubelet_dir: &Path) -> Result<Self> {
-        let id = required("volume_id", request.volume_id)?;
-        let path = required("volume_path", request.volume_path)?;
-        let id = known_id(&id)?;
-        let path = TargetPath::parse("volume_path", &path, kubelet_dir)
-            .map_err(|_| Error::NotFound { what: "volume_path", path: super::string(&path).into() })?;
-        Ok(Self { id, path })
+    pub fn parse(id: String, path: String, kubelet_dir: &Path) -> Result<Self> {
+        let id = required("volume_id", id)?;
+        let path = required("volume_path", path)?;
+        if super::inline_name(&id).is_none() {
+            known_id(&id)?;
+        }
+        Ok(Self { id, path: found_path(&path, kubelet_dir)? })
     }
+}
+
+fn found_path(path: &str, kubelet_dir: &Path) -> Result<TargetPath> {
+    TargetPath::parse("volume_path", path, kubelet_dir)
+        .map_err(|_| Error::NotFound { what: "volume_path", path: super::string(path).into() })
 }
 
 #[cfg(test)]
@@ -205,11 +235,7 @@ mod tests {
 
     #[test]
     fn stats_of_an_odd_path_are_not_found() {
-        let request = csi::NodeGetVolumeStatsRequest {
-            volume_id: VolumeId::new([1; 16]).to_string(),
-            volume_path: "some/path".into(),
-            ..Default::default()
-        };
-        assert_eq!(Stats::parse(request, Path::new(ROOT)).unwrap_err().code(), Code::NotFound);
+        let id = VolumeId::new([1; 16]).to_string();
+        assert_eq!(Stats::parse(id, "some/path".into(), Path::new(ROOT)).unwrap_err().code(), Code::NotFound);
     }
 }

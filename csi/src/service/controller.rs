@@ -2,19 +2,25 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{Shared, refuse, signed};
+use super::{Shared, refuse, signed, timestamp};
 use crate::csi::controller_server::Controller;
 use crate::csi::controller_service_capability::{Rpc, Type, rpc};
 use crate::csi::validate_volume_capabilities_response::Confirmed;
 use crate::csi::{
-    ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
-    CreateVolumeRequest, CreateVolumeResponse, DeleteVolumeRequest, DeleteVolumeResponse, GetCapacityRequest,
-    GetCapacityResponse, ListVolumesRequest, ListVolumesResponse, ValidateVolumeCapabilitiesRequest,
-    ValidateVolumeCapabilitiesResponse, Volume, list_volumes_response,
+    ControllerExpandVolumeRequest, ControllerExpandVolumeResponse, ControllerGetCapabilitiesRequest,
+    ControllerGetCapabilitiesResponse, ControllerGetVolumeHealthRequest, ControllerGetVolumeHealthResponse,
+    ControllerGetVolumeRequest, ControllerGetVolumeResponse, ControllerListVolumeHealthRequest,
+    ControllerListVolumeHealthResponse, ControllerModifyVolumeRequest, ControllerModifyVolumeResponse,
+    ControllerServiceCapability, CreateSnapshotRequest, CreateSnapshotResponse, CreateVolumeRequest,
+    CreateVolumeResponse, DeleteSnapshotRequest, DeleteSnapshotResponse, DeleteVolumeRequest, DeleteVolumeResponse,
+    GetCapacityRequest, GetCapacityResponse, GetSnapshotRequest, GetSnapshotResponse, ListSnapshotsRequest,
+    ListSnapshotsResponse, ListVolumesRequest, ListVolumesResponse, Snapshot, ValidateVolumeCapabilitiesRequest,
+    ValidateVolumeCapabilitiesResponse, Volume, VolumeContentSource, controller_get_volume_response,
+    list_snapshots_response, list_volumes_response,
 };
 use crate::error::Error;
-use crate::model::{GRAIN, Record};
-use crate::request::{self, known_id};
+use crate::model::{self, BackendKind, Content, FsType, GRAIN, Record, Shape, Source, VolumeId};
+use crate::request::{self, known_id, known_snapshot};
 
 /// The controller service.
 #[derive(Clone)]
@@ -26,8 +32,31 @@ impl ControllerService {
             capacity_bytes: signed(record.size),
             volume_id: record.id.into(),
             accessible_topology: vec![self.0.topology()],
+            content_source: record.source.map(source),
             ..Default::default()
         }
+    }
+}
+
+fn source(source: Source) -> VolumeContentSource {
+    use crate::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
+    let source = match source {
+        Source::Snapshot(id) => Type::Snapshot(SnapshotSource { snapshot_id: id.into() }),
+        Source::Volume(id) => Type::Volume(VolumeSource { volume_id: id.into() }),
+    };
+    VolumeContentSource { r#type: Some(source) }
+}
+
+/// A snapshot as callers see it. It is whole from the moment that it is known.
+pub(super) fn snapshot(shared: &Shared, snapshot: model::Snapshot) -> Snapshot {
+    Snapshot {
+        size_bytes: signed(snapshot.size),
+        snapshot_id: snapshot.id.into(),
+        source_volume_id: snapshot.volume.into(),
+        creation_time: Some(timestamp(snapshot.created_ns)),
+        ready_to_use: true,
+        group_snapshot_id: snapshot.group.map(|group| group.id.to_string()).unwrap_or_default(),
+        accessible_topology: vec![shared.topology()],
     }
 }
 
@@ -38,8 +67,12 @@ impl Controller for ControllerService {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<CreateVolumeResponse>, Status> {
         let create = request::Create::parse(request.into_inner(), &self.0.node).map_err(refuse)?;
-        let guard = self.0.volumes.enter_name(&create.name).map_err(refuse)?;
-        let record = self.0.run(Some(guard), move |volumes| volumes.create(create)).await?;
+        let guard = self.0.volumes.enter_name("volume", &create.name).map_err(refuse)?;
+        // Only what is made from something may have to be copied.
+        let record = match create.source {
+            Some(_) => self.0.run_long(guard, move |volumes| volumes.create(create)).await?,
+            None => self.0.run(Some(guard), move |volumes| volumes.create(create)).await?,
+        };
         Ok(Response::new(CreateVolumeResponse { volume: Some(self.volume(record)) }))
     }
 
@@ -66,14 +99,25 @@ impl Controller for ControllerService {
         let request = request.into_inner();
         let asked = request::Validate::parse(&request).map_err(refuse)?;
         let record = self.0.volumes.get(&asked.id).map_err(refuse)?;
-        let message = match (asked.content, asked.parameters) {
+        let message = match (asked.usages, asked.parameters) {
             (Err(why), _) | (_, Err(why)) => why,
-            (Ok(content), _) if content != record.content => format!("the volume is {}", record.content),
             (_, Ok(Some(parameters))) if parameters != record.parameters => {
                 "parameters differ from the volume's".into()
             }
-            _ if !asked.context_matches => "volume_context and mutable_parameters of this driver are empty".into(),
-            _ => String::new(),
+            (Ok((_, usages)), _) => {
+                let fits = |usage: &request::Usage| {
+                    usage.fits(record.content, &record.id).and_then(|()| usage.options(record.content).map(drop))
+                };
+                let mutable = record.mutable.with(&asked.mutable);
+                match (usages.iter().try_for_each(fits), mutable) {
+                    (Err(error), _) | (_, Err(error)) => error.to_string(),
+                    (_, Ok(mutable)) if mutable != record.mutable => {
+                        "mutable_parameters differ from the volume's".into()
+                    }
+                    _ if !asked.context_matches => "the volume_context of this driver's volumes is empty".into(),
+                    _ => String::new(),
+                }
+            }
         };
         let confirmed = message.is_empty().then_some(Confirmed {
             volume_context: request.volume_context,
@@ -88,7 +132,8 @@ impl Controller for ControllerService {
         &self,
         request: Request<ListVolumesRequest>,
     ) -> Result<Response<ListVolumesResponse>, Status> {
-        let list = request::List::parse(&request.into_inner()).map_err(refuse)?;
+        let request = request.into_inner();
+        let list = request::List::parse(request.max_entries, &request.starting_token).map_err(refuse)?;
         let (page, token) = self.0.volumes.list(list);
         let entry = |record| list_volumes_response::Entry { volume: Some(self.volume(record)), status: None };
         let entries = page.into_iter().map(entry).collect();
@@ -100,14 +145,21 @@ impl Controller for ControllerService {
         request: Request<GetCapacityRequest>,
     ) -> Result<Response<GetCapacityResponse>, Status> {
         let asked = request::Capacity::parse(&request.into_inner(), &self.0.node).map_err(refuse)?;
+        let backend = asked.backend;
         let available = match asked.here {
-            true => self.0.run(None, |volumes| volumes.available()).await? / GRAIN * GRAIN,
+            true => self.0.run(None, move |volumes| volumes.available(backend)).await? / GRAIN * GRAIN,
             false => 0,
         };
+        // A volume is at least of the smallest filesystem's size; of which, the class's capability says.
+        let least = asked.shape.map(|shape| match shape {
+            Shape::Mount(Some(fs)) if backend == BackendKind::Image => Content::Filesystem(fs).min_size(),
+            Shape::Mount(None) if backend == BackendKind::Image => Content::Filesystem(FsType::Ext4).min_size(),
+            _ => Content::Raw.min_size(),
+        });
         Ok(Response::new(GetCapacityResponse {
             available_capacity: signed(available),
             maximum_volume_size: Some(signed(available)),
-            minimum_volume_size: asked.content.map(|content| signed(content.min_size())),
+            minimum_volume_size: least.map(signed),
         }))
     }
 
@@ -115,10 +167,144 @@ impl Controller for ControllerService {
         &self,
         _: Request<ControllerGetCapabilitiesRequest>,
     ) -> Result<Response<ControllerGetCapabilitiesResponse>, Status> {
-        use rpc::Type::{CreateDeleteVolume, GetCapacity, ListVolumes, SingleNodeMultiWriter};
+        use rpc::Type::{
+            CloneVolume, CreateDeleteSnapshot, CreateDeleteVolume, ExpandVolume, GetCapacity, GetSnapshot, GetVolume,
+            GetVolumeHealth, ListSnapshots, ListVolumeHealth, ListVolumes, ModifyVolume, SingleNodeMultiWriter,
+        };
+        let mut types = vec![
+            CreateDeleteVolume,
+            GetCapacity,
+            ListVolumes,
+            GetVolume,
+            SingleNodeMultiWriter,
+            GetVolumeHealth,
+            ListVolumeHealth,
+        ];
+        let features = self.0.volumes.features();
+        if features.snapshots {
+            types.extend([CreateDeleteSnapshot, ListSnapshots, GetSnapshot, CloneVolume]);
+        }
+        if features.expand {
+            types.push(ExpandVolume);
+        }
+        if features.modify {
+            types.push(ModifyVolume);
+        }
         let capability =
             |kind: rpc::Type| ControllerServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind as i32 })) };
-        let capabilities = [CreateDeleteVolume, GetCapacity, ListVolumes, SingleNodeMultiWriter].map(capability).into();
+        let capabilities = types.into_iter().map(capability).collect();
         Ok(Response::new(ControllerGetCapabilitiesResponse { capabilities }))
     }
+
+    async fn create_snapshot(
+        &self,
+        request: Request<CreateSnapshotRequest>,
+    ) -> Result<Response<CreateSnapshotResponse>, Status> {
+        let take = request::Take::parse(request.into_inner()).map_err(refuse)?;
+        let guard = self.0.volumes.enter_name("snapshot", &take.name).map_err(refuse)?;
+        let taken = self.0.run_long(guard, move |volumes| volumes.take(&take)).await?;
+        Ok(Response::new(CreateSnapshotResponse { snapshot: Some(snapshot(&self.0, taken)) }))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        let id = request.into_inner().snapshot_id;
+        if id.is_empty() {
+            return Err(refuse(Error::Missing { field: "snapshot_id" }));
+        }
+        if let Ok(id) = known_snapshot(&id) {
+            self.0.run(None, move |volumes| volumes.drop_snapshot(&id)).await?;
+        }
+        Ok(Response::new(DeleteSnapshotResponse {}))
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<ListSnapshotsRequest>,
+    ) -> Result<Response<ListSnapshotsResponse>, Status> {
+        let list = request::ListSnapshots::parse(&request.into_inner()).map_err(refuse)?;
+        let (page, token) = self.0.volumes.snapshots(&list);
+        let entry = |found| list_snapshots_response::Entry { snapshot: Some(snapshot(&self.0, found)) };
+        let entries = page.into_iter().map(entry).collect();
+        Ok(Response::new(ListSnapshotsResponse { entries, next_token: token.unwrap_or_default() }))
+    }
+
+    async fn get_snapshot(
+        &self,
+        request: Request<GetSnapshotRequest>,
+    ) -> Result<Response<GetSnapshotResponse>, Status> {
+        let id = request.into_inner().snapshot_id;
+        if id.is_empty() {
+            return Err(refuse(Error::Missing { field: "snapshot_id" }));
+        }
+        let found = known_snapshot(&id).and_then(|id| self.0.volumes.snapshot(&id)).map_err(refuse)?;
+        Ok(Response::new(GetSnapshotResponse { snapshot: Some(snapshot(&self.0, found)) }))
+    }
+
+    async fn controller_expand_volume(
+        &self,
+        request: Request<ControllerExpandVolumeRequest>,
+    ) -> Result<Response<ControllerExpandVolumeResponse>, Status> {
+        let expand = request::Expand::parse(request.into_inner()).map_err(refuse)?;
+        let guard = self.0.volumes.enter(&expand.id).map_err(refuse)?;
+        let (size, node) = self.0.run(Some(guard), move |volumes| volumes.expand(&expand)).await?;
+        Ok(Response::new(ControllerExpandVolumeResponse {
+            capacity_bytes: signed(size),
+            node_expansion_required: node,
+        }))
+    }
+
+    async fn controller_get_volume(
+        &self,
+        request: Request<ControllerGetVolumeRequest>,
+    ) -> Result<Response<ControllerGetVolumeResponse>, Status> {
+        let id = known(request.into_inner().volume_id)?;
+        let record = self.0.volumes.get(&id).map_err(refuse)?;
+        Ok(Response::new(ControllerGetVolumeResponse {
+            volume: Some(self.volume(record)),
+            status: Some(controller_get_volume_response::VolumeStatus::default()),
+        }))
+    }
+
+    async fn controller_modify_volume(
+        &self,
+        request: Request<ControllerModifyVolumeRequest>,
+    ) -> Result<Response<ControllerModifyVolumeResponse>, Status> {
+        let modify = request::Modify::parse(request.into_inner()).map_err(refuse)?;
+        let guard = self.0.volumes.enter(&modify.id).map_err(refuse)?;
+        self.0.run(Some(guard), move |volumes| volumes.modify(&modify)).await?;
+        Ok(Response::new(ControllerModifyVolumeResponse {}))
+    }
+
+    async fn controller_list_volume_health(
+        &self,
+        request: Request<ControllerListVolumeHealthRequest>,
+    ) -> Result<Response<ControllerListVolumeHealthResponse>, Status> {
+        let request = request.into_inner();
+        let list = request::List::parse(request.max_entries, &request.starting_token).map_err(refuse)?;
+        let (page, token) = self.0.volumes.list(list);
+        let mut entries = Vec::with_capacity(page.len());
+        for record in page {
+            entries.push(self.0.health(&record.id).await?);
+        }
+        Ok(Response::new(ControllerListVolumeHealthResponse { entries, next_token: token.unwrap_or_default() }))
+    }
+
+    async fn controller_get_volume_health(
+        &self,
+        request: Request<ControllerGetVolumeHealthRequest>,
+    ) -> Result<Response<ControllerGetVolumeHealthResponse>, Status> {
+        let id = known(request.into_inner().volume_id)?;
+        self.0.volumes.get(&id).map_err(refuse)?;
+        Ok(Response::new(ControllerGetVolumeHealthResponse { volume_health: Some(self.0.health(&id).await?) }))
+    }
+}
+
+fn known(id: String) -> Result<VolumeId, Status> {
+    if id.is_empty() {
+        return Err(refuse(Error::Missing { field: "volume_id" }));
+    }
+    known_id(&id).map_err(refuse)
 }

@@ -1,11 +1,14 @@
 //! The gRPC services: each call is validated, guarded, and handed to a thread that may block.
 
 mod controller;
+mod group;
+mod health;
 mod identity;
 mod node;
 mod register;
 
 pub use controller::ControllerService;
+pub use group::GroupService;
 pub use identity::IdentityService;
 pub use node::NodeService;
 pub use register::RegistrationService;
@@ -16,7 +19,8 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 
 use crate::error::{Error, Result};
-use crate::ops::Volumes;
+use crate::model::VolumeId;
+use crate::ops::{PATIENCE, Volumes, hung};
 use crate::state::Guard;
 use crate::{TOPOLOGY_KEY, csi};
 
@@ -29,8 +33,10 @@ pub struct Shared {
     pub node: Arc<str>,
     /// The kubelet's directory: no target lies elsewhere.
     pub kubelet_dir: Arc<std::path::Path>,
-    /// Slots for mkfs.
-    pub format_slots: Arc<Semaphore>,
+    /// Slots for what takes long: mkfs and copies.
+    pub long_slots: Arc<Semaphore>,
+    /// The most volumes that the scheduler is to bring to this node; 0 for no limit.
+    pub max_volumes: i64,
 }
 
 impl Shared {
@@ -52,6 +58,43 @@ impl Shared {
         });
         finished(task.await)
     }
+
+    /// Like [`Shared::run`], for what may take long: it waits for one of a few slots, and goes on without its caller.
+    async fn run_long<T: Send + 'static>(
+        &self,
+        guard: Guard,
+        act: impl FnOnce(&Volumes) -> Result<T> + Send + 'static,
+    ) -> std::result::Result<T, Status> {
+        let (volumes, slots) = (self.volumes.clone(), self.long_slots.clone());
+        let task = tokio::spawn(async move {
+            let _guard = guard;
+            let closed = |_| Error::io("wait for a slot", std::io::Error::other("the driver is stopping"));
+            let _slot = slots.acquire().await.map_err(closed)?;
+            match tokio::task::spawn_blocking(move || act(&volumes)).await {
+                Ok(outcome) => outcome,
+                Err(error) => Err(Error::io("run an operation", std::io::Error::other(error))),
+            }
+        });
+        finished(task.await)
+    }
+
+    /// Looks at a volume, for so long only; a volume that does not answer holds up nobody else.
+    async fn probe<T: Send + 'static>(
+        &self,
+        id: &VolumeId,
+        act: impl FnOnce(&Volumes) -> Result<T> + Send + 'static,
+    ) -> std::result::Result<T, Status> {
+        let probe = self.volumes.probes.begin(id).map_err(refuse)?;
+        let volumes = self.volumes.clone();
+        let task = tokio::task::spawn_blocking(move || {
+            let _probe = probe;
+            act(&volumes)
+        });
+        match tokio::time::timeout(PATIENCE, task).await {
+            Ok(outcome) => finished(outcome),
+            Err(_) => Err(refuse(hung(id, PATIENCE))),
+        }
+    }
 }
 
 /// The outcome of a task, as a status.
@@ -67,6 +110,12 @@ fn finished<T>(outcome: std::result::Result<Result<T>, tokio::task::JoinError>) 
             Err(Status::internal("an operation failed unexpectedly; the driver's log says more"))
         }
     }
+}
+
+fn timestamp(nanoseconds: u64) -> prost_types::Timestamp {
+    let part = 1_000_000_000;
+    // Both fit: there are less than 2^30 nanoseconds in a second, and less than 2^63 seconds in a u64 of nanoseconds.
+    prost_types::Timestamp { seconds: (nanoseconds / part) as i64, nanos: (nanoseconds % part) as i32 }
 }
 
 fn refuse(error: Error) -> Status {

@@ -2,18 +2,22 @@
 
 use tonic::{Request, Response, Status};
 
+use super::health::storage;
 use super::{Shared, finished, refuse, signed};
+use crate::backend::Usage;
+use crate::csi::node_get_storage_health_response::StorageBackendHealth;
 use crate::csi::node_server::Node;
 use crate::csi::node_service_capability::{Rpc, Type, rpc};
 use crate::csi::volume_usage::Unit;
 use crate::csi::{
-    NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
-    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodePublishVolumeResponse,
-    NodeServiceCapability, NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnpublishVolumeRequest,
-    NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeUsage,
+    NodeExpandVolumeRequest, NodeExpandVolumeResponse, NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse,
+    NodeGetInfoRequest, NodeGetInfoResponse, NodeGetStorageHealthRequest, NodeGetStorageHealthResponse,
+    NodeGetVolumeHealthRequest, NodeGetVolumeHealthResponse, NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse,
+    NodePublishVolumeRequest, NodePublishVolumeResponse, NodeServiceCapability, NodeStageVolumeRequest,
+    NodeStageVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest,
+    NodeUnstageVolumeResponse, VolumeUsage,
 };
 use crate::error::Error;
-use crate::ops::Usage;
 use crate::request;
 
 /// The node service.
@@ -52,7 +56,13 @@ impl Node for NodeService {
         &self,
         request: Request<NodePublishVolumeRequest>,
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
-        let publish = request::Publish::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
+        let request = request.into_inner();
+        if request::Inline::is_one(&request) {
+            let inline = request::Inline::parse(request, &self.0.kubelet_dir).map_err(refuse)?;
+            self.0.publish_inline(inline).await?;
+            return Ok(Response::new(NodePublishVolumeResponse {}));
+        }
+        let publish = request::Publish::parse(request, &self.0.kubelet_dir).map_err(refuse)?;
         let guard = self.0.volumes.enter(&publish.id).map_err(refuse)?;
         self.0.run(Some(guard), move |volumes| volumes.publish(&publish)).await?;
         Ok(Response::new(NodePublishVolumeResponse {}))
@@ -62,7 +72,15 @@ impl Node for NodeService {
         &self,
         request: Request<NodeUnpublishVolumeRequest>,
     ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
-        let unpublish = request::Unpublish::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
+        let request = request.into_inner();
+        if let Some(name) = request::inline_name(&request.volume_id) {
+            let root = &self.0.kubelet_dir;
+            let target = request::TargetPath::parse("target_path", &request.target_path, root).map_err(refuse)?;
+            let guard = self.0.volumes.enter_name("volume", &name).map_err(refuse)?;
+            self.0.run(Some(guard), move |volumes| volumes.end_inline(&name, &target)).await?;
+            return Ok(Response::new(NodeUnpublishVolumeResponse {}));
+        }
+        let unpublish = request::Unpublish::parse(request, &self.0.kubelet_dir).map_err(refuse)?;
         let guard = self.0.volumes.enter(&unpublish.id).map_err(refuse)?;
         self.0.run(Some(guard), move |volumes| volumes.unpublish(&unpublish)).await?;
         Ok(Response::new(NodeUnpublishVolumeResponse {}))
@@ -72,9 +90,12 @@ impl Node for NodeService {
         &self,
         request: Request<NodeGetVolumeStatsRequest>,
     ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
-        let stats = request::Stats::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
+        let request = request.into_inner();
+        let stats =
+            request::Stats::parse(request.volume_id, request.volume_path, &self.0.kubelet_dir).map_err(refuse)?;
+        let id = self.0.volumes.by_handle(&stats.id).map_err(refuse)?;
         // Not guarded: asking changes nothing, and must not get in the way of what does.
-        let (bytes, inodes) = self.0.run(None, move |volumes| volumes.stats(&stats)).await?;
+        let (bytes, inodes) = self.0.probe(&id, move |volumes| volumes.stats(&stats)).await?;
         let usage = |usage: Usage, unit: Unit| VolumeUsage {
             available: signed(usage.available),
             total: signed(usage.total),
@@ -90,20 +111,87 @@ impl Node for NodeService {
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
     ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
-        use rpc::Type::{GetVolumeStats, SingleNodeMultiWriter, StageUnstageVolume};
+        use rpc::Type::{
+            ExpandVolume, GetStorageHealth, GetVolumeHealth, GetVolumeStats, SingleNodeMultiWriter, StageUnstageVolume,
+            VolumeMountGroup,
+        };
         let capability =
             |kind: rpc::Type| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind as i32 })) };
-        let capabilities = [StageUnstageVolume, GetVolumeStats, SingleNodeMultiWriter].map(capability).into();
+        let mut types = vec![
+            StageUnstageVolume,
+            GetVolumeStats,
+            SingleNodeMultiWriter,
+            VolumeMountGroup,
+            GetVolumeHealth,
+            GetStorageHealth,
+        ];
+        if self.0.volumes.features().expand {
+            types.push(ExpandVolume);
+        }
+        let capabilities = types.into_iter().map(capability).collect();
         Ok(Response::new(NodeGetCapabilitiesResponse { capabilities }))
+    }
+
+    async fn node_expand_volume(
+        &self,
+        request: Request<NodeExpandVolumeRequest>,
+    ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
+        let expand = request::NodeExpand::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
+        let guard = self.0.volumes.enter(&expand.id).map_err(refuse)?;
+        let size = self.0.run(Some(guard), move |volumes| volumes.node_expand(&expand)).await?;
+        Ok(Response::new(NodeExpandVolumeResponse { capacity_bytes: signed(size) }))
+    }
+
+    async fn node_get_volume_health(
+        &self,
+        request: Request<NodeGetVolumeHealthRequest>,
+    ) -> Result<Response<NodeGetVolumeHealthResponse>, Status> {
+        let handle = request.into_inner().volume_id;
+        if handle.is_empty() {
+            return Err(refuse(Error::Missing { field: "volume_id" }));
+        }
+        let id = self.0.volumes.by_handle(&handle).map_err(refuse)?;
+        let mut health = self.0.health(&id).await?;
+        health.volume_id = handle;
+        Ok(Response::new(NodeGetVolumeHealthResponse { volume_health: Some(health) }))
+    }
+
+    async fn node_get_storage_health(
+        &self,
+        _: Request<NodeGetStorageHealthRequest>,
+    ) -> Result<Response<NodeGetStorageHealthResponse>, Status> {
+        let findings = self.0.run(None, |volumes| Ok(volumes.storage_health())).await?;
+        let entry = |finding: crate::ops::Finding| StorageBackendHealth {
+            status: storage(finding.severity) as i32,
+            reason: finding.reason.into(),
+            message: finding.message,
+            volume_capability: None,
+        };
+        let backend_health = findings.into_iter().map(entry).collect();
+        Ok(Response::new(NodeGetStorageHealthResponse { backend_health }))
     }
 
     async fn node_get_info(&self, _: Request<NodeGetInfoRequest>) -> Result<Response<NodeGetInfoResponse>, Status> {
         Ok(Response::new(NodeGetInfoResponse {
             node_id: self.0.node.to_string(),
-            // The kernel makes loop devices as they are asked for: no limit of ours.
-            max_volumes_per_node: 0,
+            max_volumes_per_node: self.0.max_volumes,
             accessible_topology: Some(self.0.topology()),
         }))
+    }
+}
+
+impl Shared {
+    /// Makes an inline volume and brings it to its pod, to the end even when the caller goes away.
+    async fn publish_inline(&self, inline: request::Inline) -> Result<(), Status> {
+        let name = self.volumes.enter_name("volume", &inline.create.name).map_err(refuse)?;
+        let shared = self.clone();
+        let task = tokio::spawn(async move {
+            let _name = name;
+            let volumes = shared.volumes.clone();
+            let (stage, _guard) = blocking(move || volumes.inline(inline)).await?;
+            steps(&shared, stage).await
+        });
+        finished(task.await)
     }
 }
 
@@ -112,7 +200,7 @@ async fn steps(shared: &Shared, stage: request::Stage) -> crate::error::Result<(
     let Some(mut staging) = blocking(move || volumes.stage(stage)).await? else { return Ok(()) };
     if staging.needs_format() {
         let closed = |_| Error::io("wait for a mkfs", std::io::Error::other("the driver is stopping"));
-        let _slot = shared.format_slots.acquire().await.map_err(closed)?;
+        let _slot = shared.long_slots.acquire().await.map_err(closed)?;
         let volumes = shared.volumes.clone();
         staging = blocking(move || volumes.format(staging)).await?;
     }

@@ -9,14 +9,14 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::durable::write_durably;
 use crate::error::{Context, Error, Result};
-use crate::model::{Nonce, VolumeId, hex};
+use crate::model::{BackendKind, GroupId, Nonce, SnapshotId, VolumeId, hex};
 
 const NAME: &str = "journal";
 /// When the file is longer than this, in bytes, it is written anew with the open intents only. It cannot grow beyond
@@ -27,17 +27,56 @@ const COMPACT_AT: u64 = 256 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "op", deny_unknown_fields)]
 pub enum Intent {
-    /// Make an image and its record. Undone when there is no record.
+    /// Make a volume's storage and record. Undone when there is no record.
     Create {
         /// The volume to be.
         id: VolumeId,
-        /// What is on its image.
+        /// What is on its storage.
         nonce: Nonce,
+        /// Where that is.
+        #[serde(default)]
+        backend: BackendKind,
+        /// A volume that is held still meanwhile.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<VolumeId>,
     },
-    /// Remove image and record. Carried on with.
+    /// Remove storage and record. Carried on with.
     Delete {
         /// The volume.
         id: VolumeId,
+    },
+    /// Bring a volume's storage to the size that its record names. Carried on with.
+    Expand {
+        /// The volume.
+        id: VolumeId,
+    },
+    /// Take a snapshot. Undone when there is no record of it; the volume's filesystem is thawed in any case.
+    Snapshot {
+        /// The snapshot to be.
+        id: SnapshotId,
+        /// What is on its storage.
+        nonce: Nonce,
+        /// Where that is.
+        backend: BackendKind,
+        /// The volume that it is of.
+        volume: VolumeId,
+    },
+    /// Take snapshots of several volumes. All are undone unless all are there.
+    Group {
+        /// The group to be.
+        id: GroupId,
+        /// How many there will be.
+        members: usize,
+    },
+    /// Remove a group's snapshots. Carried on with.
+    DeleteGroup {
+        /// The group.
+        id: GroupId,
+    },
+    /// Remove a snapshot's storage and record. Carried on with.
+    DeleteSnapshot {
+        /// The snapshot.
+        id: SnapshotId,
     },
     /// Format where needed, attach, mount. Undone.
     Stage {
@@ -81,11 +120,14 @@ enum Line {
 pub struct Journal {
     directory: PathBuf,
     inner: Mutex<Inner>,
+    /// The number of the last intent that is known to be on disk. Held while syncing: whoever waits for it meanwhile is
+    /// served by the next sync, all together.
+    synced: Mutex<u64>,
 }
 
 #[derive(Debug)]
 struct Inner {
-    file: File,
+    file: Arc<File>,
     length: u64,
     next: u64,
     open: BTreeMap<u64, Intent>,
@@ -116,8 +158,8 @@ impl Journal {
         let (open, next) = replay(&bytes).map_err(|why| Error::Corrupt { path, why })?;
         let (file, length) = rewrite(directory, &open)?;
         let intents = open.values().cloned().collect();
-        let inner = Mutex::new(Inner { file, length, next, open });
-        Ok((Arc::new(Self { directory: directory.to_owned(), inner }), intents))
+        let inner = Mutex::new(Inner { file: Arc::new(file), length, next, open });
+        Ok((Arc::new(Self { directory: directory.to_owned(), inner, synced: Mutex::new(0) }), intents))
     }
 
     /// Writes down, durably, what is about to be done.
@@ -125,16 +167,30 @@ impl Journal {
     /// # Errors
     /// [`Error::Io`]; then it must not be done.
     pub fn begin(self: &Arc<Self>, intent: Intent) -> Result<Open> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if inner.length > COMPACT_AT {
-            (inner.file, inner.length) = rewrite(&self.directory, &inner.open)?;
+        let seq = {
+            let mut inner = self.lock();
+            if inner.length > COMPACT_AT {
+                let (file, length) = rewrite(&self.directory, &inner.open)?;
+                (inner.file, inner.length) = (Arc::new(file), length);
+            }
+            let seq = inner.next;
+            inner.next += 1;
+            inner.append(&Line::Begin { seq, intent: intent.clone() })?;
+            inner.open.insert(seq, intent);
+            seq
+        };
+        let open = Open { journal: self.clone(), seq, keep: false };
+        let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
+        if *synced < seq + 1 {
+            let (file, next) = {
+                let inner = self.lock();
+                (inner.file.clone(), inner.next)
+            };
+            file.sync_data().context(|| "sync the journal")?;
+            *synced = next;
         }
-        let seq = inner.next;
-        inner.next += 1;
-        inner.append(&Line::Begin { seq, intent: intent.clone() })?;
-        inner.open.insert(seq, intent);
-        inner.file.sync_data().context(|| "sync the journal")?;
-        Ok(Open { journal: self.clone(), seq, keep: false })
+        drop(synced);
+        Ok(open)
     }
 
     /// Ends an intent of an earlier run that recovery has dealt with.
@@ -142,14 +198,18 @@ impl Journal {
     /// # Errors
     /// [`Error::Io`].
     pub fn settle(&self, settled: &Intent) -> Result<()> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.lock();
         let seqs: Vec<u64> = inner.open.iter().filter(|(_, intent)| *intent == settled).map(|(&seq, _)| seq).collect();
         seqs.into_iter().try_for_each(|seq| inner.end(seq))
     }
 
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// How many intents have not ended.
     pub fn pending(&self) -> usize {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).open.len()
+        self.lock().open.len()
     }
 }
 
@@ -165,7 +225,7 @@ impl Drop for Open {
         if self.keep || std::thread::panicking() {
             return;
         }
-        if let Err(error) = self.journal.inner.lock().unwrap_or_else(PoisonError::into_inner).end(self.seq) {
+        if let Err(error) = self.journal.lock().end(self.seq) {
             // It will be carried out once more at the next start, which changes nothing.
             tracing::warn!(%error, seq = self.seq, "an intent could not be ended in the journal");
         }
@@ -181,7 +241,7 @@ impl Inner {
 
     fn append(&mut self, line: &Line) -> Result<()> {
         let text = encode(line);
-        if let Err(error) = self.file.write_all(text.as_bytes()) {
+        if let Err(error) = (&*self.file).write_all(text.as_bytes()) {
             // A part of a line must not stand before the next one.
             self.file.set_len(self.length).context(|| "cut the journal back")?;
             return Err(Error::io("append to the journal", error));
@@ -263,6 +323,20 @@ mod tests {
         assert_eq!(journal.pending(), 0);
         drop(journal);
         assert!(Journal::open(dir.path()).unwrap().1.is_empty());
+    }
+
+    #[test]
+    fn many_at_once_are_all_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path()).unwrap();
+        std::thread::scope(|scope| {
+            for n in 0..16 {
+                let journal = &journal;
+                scope.spawn(move || journal.begin(delete(n)).unwrap().keep());
+            }
+        });
+        drop(journal);
+        assert_eq!(Journal::open(dir.path()).unwrap().1.len(), 16);
     }
 
     #[test]

@@ -5,14 +5,17 @@
 //! pool              the mark of the pool directory that belongs to this state
 //! journal           intents that were begun, and which of them ended
 //! volumes/<id>.json one record a volume
+//! snapshots/<id>.json one record a snapshot
 //! ```
 
 mod durable;
 mod guard;
 mod journal;
+mod promises;
 mod records;
 
 pub use durable::{lock_directory, write_durably};
 pub use guard::{Guard, Guards};
 pub use journal::{Intent, Journal, Open};
-pub use records::Records;
+pub use promises::{Promise, Promises, Store};
+pub use records::{Entry, Records};

@@ -1,46 +1,101 @@
-//! The volumes that there are: in memory for answers, on disk for good.
+//! The volumes and snapshots that there are: in memory for answers, on disk for good.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::Serialize;
+
 use super::durable::{sync_directory, write_durably};
 use crate::error::{Context, Error, Result};
-use crate::model::{Record, VolumeId};
+use crate::model::{Record, Snapshot, SnapshotId, VolumeId};
 
-/// All records of one state directory.
+/// Something that is known durably, in a file of its own.
+pub trait Entry: Clone + Serialize + std::fmt::Debug {
+    /// Its id.
+    type Id: Ord + Clone + Display + std::fmt::Debug;
+    /// The directory below the state directory.
+    const DIRECTORY: &str;
+    /// Our name of it.
+    fn id(&self) -> &Self::Id;
+    /// The caller's name of it; no two have the same.
+    fn name(&self) -> &str;
+    /// Its place in lists.
+    fn seq(&self) -> u64;
+    /// Reads it from its file's text.
+    ///
+    /// # Errors
+    /// What is wrong with it, for people.
+    fn parse(text: &str) -> std::result::Result<Self, String>;
+    /// That there is none with this id.
+    fn missing(id: &Self::Id) -> Error;
+}
+
+impl Entry for Record {
+    type Id = VolumeId;
+    const DIRECTORY: &str = "volumes";
+    fn id(&self) -> &VolumeId {
+        &self.id
+    }
+    fn name(&self) -> &str {
+        &self.name
+    }
+    fn seq(&self) -> u64 {
+        self.seq
+    }
+    fn parse(text: &str) -> std::result::Result<Self, String> {
+        Self::parse(text)
+    }
+    fn missing(id: &VolumeId) -> Error {
+        Error::NoSuchVolume { id: id.to_string() }
+    }
+}
+
+impl Entry for Snapshot {
+    type Id = SnapshotId;
+    const DIRECTORY: &str = "snapshots";
+    fn id(&self) -> &SnapshotId {
+        &self.id
+    }
+    fn name(&self) -> &str {
+        &self.name
+    }
+    fn seq(&self) -> u64 {
+        self.seq
+    }
+    fn parse(text: &str) -> std::result::Result<Self, String> {
+        Self::parse(text)
+    }
+    fn missing(id: &SnapshotId) -> Error {
+        Error::NoSuchSnapshot { id: id.to_string() }
+    }
+}
+
+/// All entries of one kind of one state directory.
 #[derive(Debug)]
-pub struct Records {
+pub struct Records<T: Entry> {
     directory: PathBuf,
-    inner: Mutex<Inner>,
+    inner: Mutex<Inner<T>>,
 }
 
-#[derive(Debug, Default)]
-struct Inner {
-    by_id: BTreeMap<VolumeId, Record>,
-    by_name: BTreeMap<String, VolumeId>,
-    by_seq: BTreeMap<u64, VolumeId>,
-    next: u64,
-    /// Bytes promised to volumes that have no record yet.
-    reserved: u64,
-}
-
-/// Bytes of the pool that are promised to a volume under way.
 #[derive(Debug)]
-pub struct Reservation<'a> {
-    records: &'a Records,
-    bytes: u64,
+struct Inner<T: Entry> {
+    by_id: BTreeMap<T::Id, T>,
+    by_name: BTreeMap<String, T::Id>,
+    by_seq: BTreeMap<u64, T::Id>,
+    next: u64,
 }
 
-impl Records {
+impl<T: Entry> Records<T> {
     /// Reads all records below the state directory.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`] when one is not understood: a volume must not vanish silently.
     pub fn open(state_dir: &Path) -> Result<Self> {
-        let directory = state_dir.join("volumes");
+        let directory = state_dir.join(T::DIRECTORY);
         std::fs::create_dir_all(&directory).context(|| format!("create {}", directory.display()))?;
-        let mut inner = Inner { next: 1, ..Inner::default() };
+        let mut inner = Inner { by_id: BTreeMap::new(), by_name: BTreeMap::new(), by_seq: BTreeMap::new(), next: 1 };
         for entry in std::fs::read_dir(&directory).context(|| format!("list {}", directory.display()))? {
             let path = entry.context(|| format!("list {}", directory.display()))?.path();
             let corrupt = |why: String| Error::Corrupt { path: path.clone(), why };
@@ -50,12 +105,12 @@ impl Records {
                 continue;
             }
             let text = std::fs::read_to_string(&path).context(|| format!("read {}", path.display()))?;
-            let record = Record::parse(&text).map_err(corrupt)?;
-            if path.file_name() != Some(file_name(&record.id).as_ref()) {
-                return Err(corrupt(format!("it is the record of volume {}", record.id)));
+            let record = T::parse(&text).map_err(corrupt)?;
+            if path.file_name() != Some(file_name(record.id()).as_ref()) {
+                return Err(corrupt(format!("it is the record of {}", record.id())));
             }
-            if inner.by_name.contains_key(&record.name) {
-                return Err(corrupt(format!("another volume has the name {:?}", record.name)));
+            if inner.by_name.contains_key(record.name()) {
+                return Err(corrupt(format!("another one has the name {:?}", record.name())));
             }
             inner.insert(record);
         }
@@ -63,61 +118,63 @@ impl Records {
         Ok(Self { directory, inner: Mutex::new(inner) })
     }
 
-    /// The volume with this id.
+    /// The one with this id.
     ///
     /// # Errors
-    /// [`Error::NoSuchVolume`].
-    pub fn get(&self, id: &VolumeId) -> Result<Record> {
-        self.find(id).ok_or_else(|| Error::NoSuchVolume { id: id.to_string() })
+    /// [`Error::NoSuchVolume`] or [`Error::NoSuchSnapshot`].
+    pub fn get(&self, id: &T::Id) -> Result<T> {
+        self.find(id).ok_or_else(|| T::missing(id))
     }
 
-    /// The volume with this id, if there is one.
-    pub fn find(&self, id: &VolumeId) -> Option<Record> {
+    /// The one with this id, if there is one.
+    pub fn find(&self, id: &T::Id) -> Option<T> {
         self.lock().by_id.get(id).cloned()
     }
 
-    /// The volume with this name, if there is one.
-    pub fn named(&self, name: &str) -> Option<Record> {
+    /// The one with this name, if there is one.
+    pub fn named(&self, name: &str) -> Option<T> {
         let inner = self.lock();
         inner.by_id.get(inner.by_name.get(name)?).cloned()
     }
 
-    /// Up to `most` volumes with a sequence number above `after`, in order, and whether more follow.
-    pub fn page(&self, after: u64, most: usize) -> (Vec<Record>, bool) {
+    /// Up to `most` for which `wanted` says yes, with a sequence number above `after`, in order, and whether more
+    /// follow.
+    pub fn page(&self, after: u64, most: usize, wanted: impl Fn(&T) -> bool) -> (Vec<T>, bool) {
         let inner = self.lock();
-        let mut rest = inner.by_seq.range(after.saturating_add(1)..).map(|(_, id)| inner.by_id[id].clone());
+        let all = inner.by_seq.range(after.saturating_add(1)..).map(|(_, id)| &inner.by_id[id]);
+        let mut rest = all.filter(|entry| wanted(entry)).cloned();
         let page = rest.by_ref().take(most).collect();
         (page, rest.next().is_some())
     }
 
-    /// All volumes.
-    pub fn all(&self) -> Vec<Record> {
+    /// All of them.
+    pub fn all(&self) -> Vec<T> {
         self.lock().by_id.values().cloned().collect()
     }
 
-    /// A sequence number for a new volume.
+    /// A sequence number for a new one.
     pub fn next_seq(&self) -> u64 {
         let mut inner = self.lock();
         inner.next += 1;
         inner.next - 1
     }
 
-    /// Writes a record durably; it counts once this returns.
+    /// Writes one durably; it counts once this returns.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn put(&self, record: Record) -> Result<()> {
+    pub fn put(&self, record: T) -> Result<()> {
         let json = serde_json::to_vec_pretty(&record).expect("a record has only strings and numbers");
-        write_durably(&self.directory, &file_name(&record.id), &json)?;
+        write_durably(&self.directory, &file_name(record.id()), &json)?;
         self.lock().insert(record);
         Ok(())
     }
 
-    /// Removes a record durably.
+    /// Removes one durably.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn remove(&self, id: &VolumeId) -> Result<()> {
+    pub fn remove(&self, id: &T::Id) -> Result<()> {
         let path = self.directory.join(file_name(id));
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -127,61 +184,28 @@ impl Records {
         }
         let mut inner = self.lock();
         if let Some(record) = inner.by_id.remove(id) {
-            inner.by_name.remove(&record.name);
-            inner.by_seq.remove(&record.seq);
+            inner.by_name.remove(record.name());
+            inner.by_seq.remove(&record.seq());
         }
         Ok(())
     }
 
-    /// Promises `bytes` to a volume under way. `available` says how many there are that no record has a claim on;
-    /// no other promise is made meanwhile.
-    ///
-    /// # Errors
-    /// [`Error::NoSpace`], or what `available` says.
-    pub fn reserve(&self, bytes: u64, available: impl FnOnce(&[Record]) -> Result<u64>) -> Result<Reservation<'_>> {
-        let mut inner = self.lock();
-        let available = inner.unpromised(available)?;
-        if bytes > available {
-            return Err(Error::NoSpace { wanted: bytes, available });
-        }
-        inner.reserved += bytes;
-        Ok(Reservation { records: self, bytes })
-    }
-
-    /// How many bytes could be promised now.
-    ///
-    /// # Errors
-    /// What `available` says.
-    pub fn unpromised(&self, available: impl FnOnce(&[Record]) -> Result<u64>) -> Result<u64> {
-        self.lock().unpromised(available)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    /// Held for a moment only: never over a system call.
+    fn lock(&self) -> MutexGuard<'_, Inner<T>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Inner {
-    fn insert(&mut self, record: Record) {
-        self.next = self.next.max(record.seq + 1);
-        self.by_name.insert(record.name.clone(), record.id.clone());
-        self.by_seq.insert(record.seq, record.id.clone());
-        self.by_id.insert(record.id.clone(), record);
-    }
-
-    fn unpromised(&self, available: impl FnOnce(&[Record]) -> Result<u64>) -> Result<u64> {
-        let records: Vec<Record> = self.by_id.values().cloned().collect();
-        Ok(available(&records)?.saturating_sub(self.reserved))
+impl<T: Entry> Inner<T> {
+    fn insert(&mut self, record: T) {
+        self.next = self.next.max(record.seq() + 1);
+        self.by_name.insert(record.name().to_owned(), record.id().clone());
+        self.by_seq.insert(record.seq(), record.id().clone());
+        self.by_id.insert(record.id().clone(), record);
     }
 }
 
-impl Drop for Reservation<'_> {
-    fn drop(&mut self) {
-        self.records.lock().reserved -= self.bytes;
-    }
-}
-
-fn file_name(id: &VolumeId) -> String {
+fn file_name(id: &impl Display) -> String {
     format!("{id}.json")
 }
 
@@ -198,44 +222,31 @@ mod tests {
     #[test]
     fn records_survive() {
         let dir = tempfile::tempdir().unwrap();
-        let records = Records::open(dir.path()).unwrap();
+        let records = Records::<Record>::open(dir.path()).unwrap();
         for (seq, name) in [(1, "a"), (2, "b"), (3, "c")] {
             records.put(record(seq, name)).unwrap();
         }
         records.remove(&record(2, "b").id).unwrap();
         std::fs::write(dir.path().join("volumes/x.json.tmp"), "{").unwrap();
-        let records = Records::open(dir.path()).unwrap();
+        let records = Records::<Record>::open(dir.path()).unwrap();
         assert_eq!(records.named("a").unwrap(), record(1, "a"));
         assert_eq!(records.named("b"), None);
         assert_eq!(records.next_seq(), 4);
-        let (page, more) = records.page(0, 1);
+        let (page, more) = records.page(0, 1, |_| true);
         assert_eq!((page, more), (vec![record(1, "a")], true));
-        assert_eq!(records.page(1, usize::MAX), (vec![record(3, "c")], false));
+        assert_eq!(records.page(1, usize::MAX, |_| true), (vec![record(3, "c")], false));
     }
 
     #[test]
     fn a_damaged_record_stops_the_start() {
         let dir = tempfile::tempdir().unwrap();
-        let records = Records::open(dir.path()).unwrap();
+        let records = Records::<Record>::open(dir.path()).unwrap();
         records.put(record(1, "a")).unwrap();
         let path = dir.path().join("volumes").join(file_name(&record(1, "a").id));
         let good = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, &good[..good.len() - 3]).unwrap();
-        assert!(matches!(Records::open(dir.path()), Err(Error::Corrupt { .. })));
+        assert!(matches!(Records::<Record>::open(dir.path()), Err(Error::Corrupt { .. })));
         std::fs::write(&path, good.replace("kwl-01", "kwl-02")).unwrap();
-        assert!(matches!(Records::open(dir.path()), Err(Error::Corrupt { .. })));
-    }
-
-    #[test]
-    fn no_byte_is_promised_twice() {
-        let dir = tempfile::tempdir().unwrap();
-        let records = Records::open(dir.path()).unwrap();
-        let first = records.reserve(60, |_| Ok(100)).unwrap();
-        let refused = records.reserve(41, |_| Ok(100)).unwrap_err();
-        assert!(matches!(refused, Error::NoSpace { wanted: 41, available: 40 }));
-        let second = records.reserve(40, |_| Ok(100)).unwrap();
-        assert_eq!(records.unpromised(|_| Ok(100)).unwrap(), 0);
-        drop((first, second));
-        assert_eq!(records.unpromised(|_| Ok(100)).unwrap(), 100);
+        assert!(matches!(Records::<Record>::open(dir.path()), Err(Error::Corrupt { .. })));
     }
 }

@@ -19,6 +19,9 @@ const LOOP_CONFIGURE: u64 = 0x4C0A;
 const LOOP_CTL_GET_FREE: u64 = 0x4C82;
 const BLKROSET: u64 = 0x125D;
 const BLKROGET: u64 = 0x125E;
+const LOOP_SET_CAPACITY: u64 = 0x4C07;
+const BLKRASET: u64 = 0x1262;
+const BLKGETSIZE64: u64 = 0x8008_1272;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
@@ -77,6 +80,9 @@ mod raw {
 
     nix::ioctl_none_bad!(loop_ctl_get_free, LOOP_CTL_GET_FREE);
     nix::ioctl_none_bad!(loop_clr_fd, LOOP_CLR_FD);
+    nix::ioctl_none_bad!(loop_set_capacity, LOOP_SET_CAPACITY);
+    nix::ioctl_write_int_bad!(blk_ra_set, BLKRASET);
+    nix::ioctl_read_bad!(blk_get_size64, BLKGETSIZE64, u64);
     nix::ioctl_read_bad!(loop_get_status64, LOOP_GET_STATUS64, LoopInfo);
     nix::ioctl_write_ptr_bad!(loop_configure, LOOP_CONFIGURE, LoopConfig);
     nix::ioctl_write_ptr_bad!(blk_ro_set, BLKROSET, libc::c_int);
@@ -198,6 +204,49 @@ impl LoopDevice {
         unsafe { raw::blk_ro_set(self.file.as_raw_fd(), &libc::c_int::from(read_only)) }
             .context(|| format!("set {} read-only: {read_only}", self.path().display()))?;
         Ok(())
+    }
+
+    /// Bytes that the device has.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn size(&self) -> Result<u64> {
+        let mut bytes = 0;
+        // SAFETY: `bytes` is the u64 that this request writes.
+        unsafe { raw::blk_get_size64(self.file.as_raw_fd(), &mut bytes) }
+            .context(|| format!("ask for the size of {}", self.path().display()))?;
+        Ok(bytes)
+    }
+
+    /// Makes the device as large as its file has become.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn take_size(&self) -> Result<()> {
+        // SAFETY: takes no argument and writes no memory of ours.
+        unsafe { raw::loop_set_capacity(self.file.as_raw_fd()) }
+            .context(|| format!("make {} as large as its file", self.path().display()))?;
+        Ok(())
+    }
+
+    /// Sets how much is read ahead.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn read_ahead(&self, kib: u32) -> Result<()> {
+        // In sectors of 512 bytes; `kib` is far below what an int holds.
+        // SAFETY: the request takes a number and writes no memory of ours.
+        unsafe { raw::blk_ra_set(self.file.as_raw_fd(), (kib * 2) as libc::c_int) }
+            .context(|| format!("set the read-ahead of {}", self.path().display()))?;
+        Ok(())
+    }
+
+    /// Brings what is in the device's own cache to its file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn flush(&self) -> Result<()> {
+        self.file.sync_all().context(|| format!("sync {}", self.path().display()))
     }
 
     /// Unbinds the device and waits until it is gone. One that others have open goes when they close it.

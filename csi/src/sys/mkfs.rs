@@ -16,13 +16,35 @@ const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 /// # Errors
 /// [`Error::Mkfs`], or [`Error::NotFound`] when the program is not installed.
 pub fn run(image: &File, fs: FsType, parameters: &Parameters, id: &VolumeId) -> Result<()> {
-    let name = program(fs);
+    helper(image, program(fs), &arguments(fs, parameters), id)
+}
+
+/// Grows the ext4 on `image`, which is locked and attached nowhere, to the image's size. It is looked over first, as
+/// resize2fs demands.
+///
+/// # Errors
+/// As [`run`].
+pub fn grow_ext4(image: &File, id: &VolumeId) -> Result<()> {
+    let fd = "/proc/self/fd/0";
+    // 1: it found something, and put it right.
+    let preen = ["-f", "-p", fd].map(str::to_owned);
+    match helper(image, "e2fsck", &preen, id) {
+        Err(Error::Mkfs { code: Some(1), .. }) => {}
+        other => other?,
+    }
+    helper(image, "resize2fs", &[fd.to_owned()], id)
+}
+
+/// Runs a program on `image`.
+fn helper(image: &File, name: &'static str, arguments: &[String], id: &VolumeId) -> Result<()> {
     let found = DIRECTORIES.iter().map(|directory| Path::new(directory).join(name)).find(|path| path.exists());
-    let path =
-        found.ok_or_else(|| Error::NotFound { what: "program (of e2fsprogs or xfsprogs)", path: name.into() })?;
+    let path = found.ok_or_else(|| Error::NotFound {
+        what: "program (of e2fsprogs, xfsprogs or btrfs-progs)",
+        path: name.into(),
+    })?;
     let stdin = image.try_clone().context(|| format!("hand the image of {id} to {name}"))?;
     let output = Command::new(&path)
-        .args(arguments(fs, parameters))
+        .args(arguments)
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::from(stdin))
@@ -34,13 +56,15 @@ pub fn run(image: &File, fs: FsType, parameters: &Parameters, id: &VolumeId) -> 
     let said = String::from_utf8_lossy(&output.stderr);
     let end: String =
         said.trim().lines().rev().take(3).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("; ");
-    Err(Error::Mkfs { program: name, id: id.clone(), output: format!("{}: {end}", output.status) })
+    let code = output.status.code();
+    Err(Error::Mkfs { program: name, id: id.clone(), code, output: format!("{}: {end}", output.status) })
 }
 
 fn program(fs: FsType) -> &'static str {
     match fs {
         FsType::Ext4 => "mkfs.ext4",
         FsType::Xfs => "mkfs.xfs",
+        FsType::Btrfs => "mkfs.btrfs",
     }
 }
 
@@ -50,6 +74,8 @@ fn arguments(fs: FsType, parameters: &Parameters) -> Vec<String> {
         // -F: a file is meant. -m 0: blocks kept for root are of no use in a pod's volume.
         FsType::Ext4 => &["-F", "-q", "-m", "0", "-b", "4096", "-E", "nodiscard"],
         FsType::Xfs => &["-f", "-q", "-K", "-s", "size=4096"],
+        // One copy of metadata: two on one disk protect from little, and take room.
+        FsType::Btrfs => &["-f", "-q", "-K", "-m", "single", "-d", "single"],
     };
     let mut arguments: Vec<String> = fixed.iter().map(|&argument| argument.to_owned()).collect();
     if let (FsType::Ext4, Some(bytes)) = (fs, parameters.bytes_per_inode) {
@@ -76,7 +102,7 @@ mod tests {
 
     #[test]
     fn a_filesystem_is_made_on_the_descriptor() {
-        for fs in [FsType::Ext4, FsType::Xfs] {
+        for fs in [FsType::Ext4, FsType::Xfs, FsType::Btrfs] {
             let image = tempfile::tempfile().unwrap();
             image.set_len(300 << 20).unwrap();
             let made = run(&image, fs, &Parameters::default(), &VolumeId::new([1; 16]));
@@ -86,7 +112,11 @@ mod tests {
             }
             made.unwrap();
             // Its magic number at its place: nothing but the descriptor led there.
-            let (at, magic): (u64, &[u8]) = if fs == FsType::Ext4 { (0x438, &[0x53, 0xef]) } else { (0, b"XFSB") };
+            let (at, magic): (u64, &[u8]) = match fs {
+                FsType::Ext4 => (0x438, &[0x53, 0xef]),
+                FsType::Xfs => (0, b"XFSB"),
+                FsType::Btrfs => (0x10040, b"_BHRfS_M"),
+            };
             let mut found = vec![0; magic.len()];
             std::os::unix::fs::FileExt::read_exact_at(&image, &mut found, at).unwrap();
             assert_eq!(found, magic);

@@ -1,5 +1,9 @@
-//! What is asked of the kernel: loop devices, mounts, paths below the kubelet's directory, mkfs.
+//! What is asked of the kernel: loop devices, mounts, paths below the kubelet's directory, mkfs, copies.
 
+pub mod copy;
+pub mod freeze;
+pub mod group;
+pub mod grow;
 pub mod loopdev;
 pub mod mkfs;
 pub mod mount;

@@ -9,7 +9,7 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
 };
 
-use super::{Dev, loopdev::LoopDevice};
+use super::Dev;
 use crate::error::{Context, Error, Result};
 use crate::model::{FsType, MountOptions};
 
@@ -17,20 +17,23 @@ use crate::model::{FsType, MountOptions};
 #[derive(Debug)]
 pub struct Detached(OwnedFd);
 
-/// Mounts the filesystem on a loop device, `nosuid,nodev` unless the options say otherwise.
+/// Mounts the filesystem on a device, `nosuid,nodev` unless the options say otherwise.
 ///
 /// # Errors
 /// [`Error::Io`], with what the filesystem had to say.
-pub fn filesystem(device: &LoopDevice, fs: FsType, options: &MountOptions, read_only: bool) -> Result<Detached> {
-    let source = device.path();
+pub fn filesystem(source: &Path, device: Dev, fs: FsType, options: &MountOptions, read_only: bool) -> Result<Detached> {
     let context = fsopen(fs.as_str(), FsOpenFlags::FSOPEN_CLOEXEC).context(|| format!("use {}", fs.as_str()))?;
     let told = |error: rustix::io::Errno| {
         let log = kernel_log(&context);
         Error::io(format!("mount {} as {}{log}", source.display(), fs.as_str()), error)
     };
-    fsconfig_set_string(&context, "source", &source).map_err(told)?;
+    fsconfig_set_string(&context, "source", source).map_err(told)?;
     if read_only {
         fsconfig_set_flag(&context, "ro").map_err(told)?;
+    }
+    // A restored snapshot or a clone has the identity of what it was made from.
+    if fs == FsType::Xfs {
+        fsconfig_set_flag(&context, "nouuid").map_err(told)?;
     }
     for (name, value) in &options.filesystem {
         match value {
@@ -41,11 +44,12 @@ pub fn filesystem(device: &LoopDevice, fs: FsType, options: &MountOptions, read_
     fsconfig_create(&context).map_err(told)?;
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes(options, read_only)).map_err(told)?;
     // The path was only a name; what counts is that the device below is the one that we bound.
+    // btrfs shows a number of its own, and is asked for the device instead.
     let found = Dev::from_raw(rustix::fs::fstat(&mount).map_err(told)?.st_dev);
-    if found != device.dev() {
+    if found != device && fs != FsType::Btrfs {
         return Err(Error::State {
             what: format!("the filesystem mounted from {}", source.display()),
-            expected: format!("device {}", device.dev()),
+            expected: format!("device {device}"),
             found: format!("device {found}"),
         });
     }
@@ -83,13 +87,41 @@ pub fn bind(source: impl AsFd, read_only: bool, what: &Path) -> Result<Detached>
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     let mount = open_tree(source, "", flags).context(|| format!("clone the mount of {}", what.display()))?;
     if read_only {
-        set_read_only(&mount).context(|| format!("make a mount of {} read-only", what.display()))?;
+        set(&mount, libc::MOUNT_ATTR_RDONLY, 0).context(|| format!("make a mount of {} read-only", what.display()))?;
     }
     Ok(Detached(mount))
 }
 
-fn set_read_only(mount: &OwnedFd) -> std::io::Result<()> {
-    let attr = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+/// A mount of the node of a device, which has to have this number.
+///
+/// # Errors
+/// [`Error::State`] when the node is another device's, else [`Error::Io`].
+pub fn node(path: &Path, device: Dev) -> Result<Detached> {
+    use rustix::fs::{Mode, OFlags};
+    let what = || format!("open {}", path.display());
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let node = rustix::fs::open(path, flags, Mode::empty()).context(what)?;
+    let found = Dev::from_raw(rustix::fs::fstat(&node).context(what)?.st_rdev);
+    if found != device {
+        let (expected, found) = (format!("device {device}"), format!("device {found}"));
+        return Err(Error::State { what: path.display().to_string(), expected, found });
+    }
+    bind(&node, false, path)
+}
+
+/// A mount of its own of a directory of the host's, with the options of a volume's.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn directory(source: impl AsFd, options: &MountOptions, read_only: bool, what: &Path) -> Result<Detached> {
+    let Detached(mount) = bind(source, false, what)?;
+    set(&mount, attributes(options, read_only).bits().into(), libc::MOUNT_ATTR__ATIME)
+        .context(|| format!("set the options of a mount of {}", what.display()))?;
+    Ok(Detached(mount))
+}
+
+fn set(mount: &OwnedFd, attr_set: u64, attr_clr: u64) -> std::io::Result<()> {
+    let attr = libc::mount_attr { attr_set, attr_clr, propagation: 0, userns_fd: 0 };
     // SAFETY: the path is an empty C string, `attr` and its size belong together, and both outlive the call.
     let result = unsafe {
         libc::syscall(
@@ -105,6 +137,16 @@ fn set_read_only(mount: &OwnedFd) -> std::io::Result<()> {
 }
 
 impl Detached {
+    /// The directory at its root.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn root(&self) -> Result<std::fs::File> {
+        use rustix::fs::{Mode, OFlags, openat};
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(openat(&self.0, ".", flags, Mode::empty()).context(|| "open the root of a new mount")?.into())
+    }
+
     /// Makes the mount seen at `target` (an `O_PATH` descriptor).
     ///
     /// # Errors

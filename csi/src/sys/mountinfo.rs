@@ -8,6 +8,8 @@ use crate::error::{Context, Error, Result};
 /// A line of `/proc/self/mountinfo`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// The mount's number.
+    pub id: u64,
     /// The filesystem's device.
     pub dev: Dev,
     /// What of the filesystem is mounted.
@@ -16,6 +18,10 @@ pub struct Mount {
     pub target: PathBuf,
     /// The filesystem's type.
     pub fs_type: String,
+    /// Where the filesystem is from, as whoever mounted it said.
+    pub source: String,
+    /// Whether the filesystem itself, and not only this mount, refuses writes.
+    pub read_only: bool,
 }
 
 impl Mount {
@@ -40,11 +46,16 @@ pub fn read() -> Result<Vec<Mount>> {
 
 fn parse(line: &str) -> Option<Mount> {
     let (left, right) = line.split_once(" - ")?;
-    let mut left = left.split(' ').skip(2);
+    let mut left = left.split(' ');
+    let id = left.next()?.parse().ok()?;
+    let mut left = left.skip(1);
     let (major, minor) = left.next()?.split_once(':')?;
     let dev = Dev { major: major.parse().ok()?, minor: minor.parse().ok()? };
     let (root, target) = (unescape(left.next()?), unescape(left.next()?));
-    Some(Mount { dev, root, target, fs_type: right.split(' ').next()?.to_owned() })
+    let mut right = right.split(' ');
+    let (fs_type, source) = (right.next()?.to_owned(), right.next()?.to_owned());
+    let read_only = right.next()?.split(',').any(|option| option == "ro");
+    Some(Mount { id, dev, root, target, fs_type, source, read_only })
 }
 
 /// The kernel writes blanks, tabs, newlines and backslashes as three octal digits.
@@ -77,10 +88,13 @@ mod tests {
     fn lines_of_the_kernel() {
         let line = r"36 35 7:3 / /var/lib/kubelet/a\040b\134c rw,nosuid shared:1 master:2 - ext4 /dev/loop3 rw";
         let want = Mount {
+            id: 36,
             dev: Dev { major: 7, minor: 3 },
             root: "/".into(),
             target: r"/var/lib/kubelet/a b\c".into(),
             fs_type: "ext4".into(),
+            source: "/dev/loop3".into(),
+            read_only: false,
         };
         assert_eq!(parse(line), Some(want));
         let node = parse("40 35 0:6 /loop3 /target rw - devtmpfs devtmpfs rw").unwrap();

@@ -41,6 +41,10 @@ pub enum Found {
     Mounted {
         /// The device of the filesystem that is mounted.
         fs: Dev,
+        /// The mount's number.
+        id: u64,
+        /// The number of what is mounted of it.
+        inode: u64,
         /// The device whose node is mounted; 0:0 for what is no device.
         node: Dev,
         /// Whether the mount refuses writes.
@@ -87,18 +91,19 @@ impl Target {
     /// [`Error::State`] for a symbolic link, else [`Error::Io`].
     pub fn look(&self) -> Result<Found> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-        let stat = match rustix::fs::statx(&self.parent, &self.name, flags, StatxFlags::BASIC_STATS) {
-            Ok(stat) => stat,
-            Err(Errno::NOENT) => return Ok(Found::Nothing),
-            Err(error) => return Err(self.io("look at", error)),
-        };
+        let stat =
+            match rustix::fs::statx(&self.parent, &self.name, flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID) {
+                Ok(stat) => stat,
+                Err(Errno::NOENT) => return Ok(Found::Nothing),
+                Err(error) => return Err(self.io("look at", error)),
+            };
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
         if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
             let fs = Dev { major: stat.stx_dev_major, minor: stat.stx_dev_minor };
             let node = Dev { major: stat.stx_rdev_major, minor: stat.stx_rdev_minor };
             let vfs = rustix::fs::fstatvfs(self.handle()?).map_err(|error| self.io("look at", error))?;
             let read_only = vfs.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY);
-            return Ok(Found::Mounted { fs, node, read_only });
+            return Ok(Found::Mounted { fs, id: stat.stx_mnt_id, inode: stat.stx_ino, node, read_only });
         }
         match kind {
             FileType::Symlink => Err(refused(self.path.clone(), Errno::LOOP)),
@@ -114,6 +119,19 @@ impl Target {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::openat2(&self.parent, &self.name, flags, Mode::empty(), RESOLVE)
             .map_err(|error| refused(self.path.clone(), error))
+    }
+
+    /// The directory that is there, opened. `None` for what is none.
+    ///
+    /// # Errors
+    /// As [`Target::look`].
+    pub fn directory(&self) -> Result<Option<std::fs::File>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match rustix::fs::openat2(&self.parent, &self.name, flags, Mode::empty(), RESOLVE) {
+            Ok(directory) => Ok(Some(directory.into())),
+            Err(Errno::NOTDIR) => Ok(None),
+            Err(error) => Err(refused(self.path.clone(), error)),
+        }
     }
 
     /// Makes an empty directory or file to mount on, where there is none yet.

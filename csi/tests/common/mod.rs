@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use keelway_csi::csi::controller_client::ControllerClient;
+use keelway_csi::csi::group_controller_client::GroupControllerClient;
 use keelway_csi::csi::node_client::NodeClient;
 use keelway_csi::csi::{self, VolumeCapability, volume_capability};
 use keelway_csi::sys::loopdev::LoopDevice;
@@ -21,6 +22,7 @@ pub const MIB: i64 = 1 << 20;
 pub struct Driver {
     pub dir: tempfile::TempDir,
     child: Option<Child>,
+    args: Vec<String>,
 }
 
 /// Tests that need root say so loudly instead of passing.
@@ -35,7 +37,24 @@ impl Driver {
         for name in ["kubelet/staging", "kubelet/pods"] {
             std::fs::create_dir_all(dir.path().join(name)).unwrap();
         }
-        Self { dir, child: None }
+        Self { dir, child: None, args: Vec::new() }
+    }
+
+    /// With a pool on a filesystem of its own, of this type and with this many MiB.
+    pub fn on(fs: &str, mebibytes: u64) -> Self {
+        let driver = Self::new();
+        let (image, pool) = (driver.path("pool.disk"), driver.path("pool"));
+        std::fs::create_dir(&pool).unwrap();
+        std::fs::File::create(&image).unwrap().set_len(mebibytes << 20).unwrap();
+        run(&format!("mkfs.{fs}"), &["-q", image.to_str().unwrap()]);
+        run("mount", &["-o", "loop", image.to_str().unwrap(), pool.to_str().unwrap()]);
+        driver
+    }
+
+    /// With more flags.
+    pub fn with(mut self, args: &[&str]) -> Self {
+        self.args = args.iter().map(|&arg| arg.to_owned()).collect();
+        self
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -64,6 +83,7 @@ impl Driver {
             .arg(self.path("pool"))
             .arg("--kubelet-dir")
             .arg(self.path("kubelet"))
+            .args(&self.args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -79,6 +99,10 @@ impl Driver {
             std::thread::sleep(Duration::from_millis(2));
         }
         pid
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
     }
 
     pub fn log(&self) -> String {
@@ -125,6 +149,10 @@ impl Driver {
         ControllerClient::new(self.channel().await)
     }
 
+    pub async fn groups(&self) -> GroupControllerClient<Channel> {
+        GroupControllerClient::new(self.channel().await)
+    }
+
     pub async fn node(&self) -> NodeClient<Channel> {
         NodeClient::new(self.channel().await)
     }
@@ -133,7 +161,7 @@ impl Driver {
     pub fn mounts(&self) -> Vec<PathBuf> {
         let root = self.dir.path().canonicalize().unwrap();
         let mounts = mountinfo::read().unwrap().into_iter().map(|mount| mount.target);
-        mounts.filter(|target| target.starts_with(&root)).collect()
+        mounts.filter(|target| target.starts_with(&root) && *target != root.join("pool")).collect()
     }
 
     /// Loop devices on our images.
@@ -155,6 +183,7 @@ impl Driver {
         assert!(self.loops().is_empty(), "loop devices are left\n{}", self.log());
         assert_eq!(list(&self.path("pool")), [self.path("pool/.keelway-pool")], "images are left\n{}", self.log());
         assert_eq!(self.records(), Vec::<PathBuf>::new(), "records are left\n{}", self.log());
+        assert_eq!(list(&self.path("state/snapshots")), Vec::<PathBuf>::new(), "snapshots are left\n{}", self.log());
         assert_eq!(list(&self.path("kubelet/pods")), Vec::<PathBuf>::new(), "targets are left\n{}", self.log());
     }
 }
@@ -170,10 +199,20 @@ impl Drop for Driver {
         for device in self.loops() {
             let _ = device.unbind(Duration::from_secs(2));
         }
+        if self.path("pool.disk").exists() {
+            let _ = rustix::mount::unmount(self.path("pool"), rustix::mount::UnmountFlags::DETACH);
+        }
         if std::thread::panicking() {
             eprintln!("--- the driver's log\n{}", self.log());
         }
     }
+}
+
+/// Runs a program that must succeed.
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 pub fn list(directory: &Path) -> Vec<PathBuf> {

@@ -1,0 +1,101 @@
+//! What is wrong with a volume, as far as it can be seen without changing anything.
+
+use super::Volumes;
+use crate::error::{Error, Result};
+use crate::model::{Content, Record, VolumeId};
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// It works, but something is wrong.
+    Degraded,
+    /// It cannot be used now.
+    Inaccessible,
+    /// Data is gone.
+    DataLoss,
+}
+
+/// Something that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// For machines, CamelCase.
+    pub reason: &'static str,
+    /// For people.
+    pub message: String,
+}
+
+impl Volumes {
+    /// Looks at a volume. Nothing found means that nothing is known to be wrong.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVolume`]. What cannot be looked at is a finding.
+    pub fn health(&self, id: &VolumeId) -> Result<Vec<Finding>> {
+        let record = self.get(id)?;
+        if let Some(since) = self.probes.hung(id) {
+            let message = super::probes::hung(id, since).to_string();
+            return Ok(vec![Finding { severity: Severity::Inaccessible, reason: "NoAnswer", message }]);
+        }
+        Ok(match self.look(&record) {
+            Ok(findings) => findings,
+            Err(error) => vec![finding(&error)],
+        })
+    }
+
+    fn look(&self, record: &Record) -> Result<Vec<Finding>> {
+        let backend = self.backend_of(record)?;
+        backend.check(record)?;
+        let mut findings = Vec::new();
+        let Some(device) = backend.attached(record)? else { return Ok(findings) };
+        let errors = device.errors();
+        if errors > 0 {
+            let message = format!("its filesystem has met {errors} errors");
+            findings.push(Finding { severity: Severity::Degraded, reason: "FilesystemErrors", message });
+        }
+        if let Content::Filesystem(_) = record.content {
+            let stopped = self.mounts(device.as_ref())?.iter().any(|mount| mount.read_only);
+            if stopped && !device.read_only()? {
+                let message = "its filesystem refuses writes, which nobody asked for".into();
+                findings.push(Finding { severity: Severity::Degraded, reason: "FilesystemReadOnly", message });
+            }
+            if let Some(root) = self.open_root(device.as_ref())?
+                && let Err(error) = root.metadata()
+            {
+                let message = format!("its filesystem answers: {error}");
+                findings.push(Finding { severity: Severity::Inaccessible, reason: "FilesystemShutDown", message });
+            }
+        }
+        Ok(findings)
+    }
+
+    /// What is wrong with the storage below the volumes.
+    pub fn storage_health(&self) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for backend in self.backends.values() {
+            let name = backend.kind().as_str();
+            match self.available(backend.kind()) {
+                Err(error) => findings.push(Finding {
+                    severity: Severity::Inaccessible,
+                    reason: "StorageUnreachable",
+                    message: format!("{name}: {error}"),
+                }),
+                Ok(0) if backend.free().is_ok_and(|free| free == 0) => findings.push(Finding {
+                    severity: Severity::Degraded,
+                    reason: "StorageFull",
+                    message: format!("{name}: nothing is free, and volumes may still need what they were promised"),
+                }),
+                Ok(_) => {}
+            }
+        }
+        findings
+    }
+}
+
+fn finding(error: &Error) -> Finding {
+    let (severity, reason) = match error {
+        Error::Damaged { .. } => (Severity::DataLoss, "StorageMismatch"),
+        _ => (Severity::Inaccessible, "StorageUnreachable"),
+    };
+    Finding { severity, reason, message: error.to_string() }
+}

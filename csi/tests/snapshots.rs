@@ -1,0 +1,523 @@
+//! Snapshots, restoring, cloning and growing, with data in them, on pools that share blocks and on one that copies.
+//!
+//! `cargo test -p keelway-csi --test snapshots -- --ignored`, as root.
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use common::{Calls, Driver, MIB, block, create, mount, run};
+use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
+use keelway_csi::csi::{self, VolumeCapability};
+use keelway_csi::model::FsType;
+use tonic::Code;
+
+async fn made(driver: &Driver, name: &str, size: i64, capability: &VolumeCapability, from: Option<Type>) -> String {
+    let source = from.map(|kind| csi::VolumeContentSource { r#type: Some(kind) });
+    let request =
+        csi::CreateVolumeRequest { volume_content_source: source.clone(), ..create(name, size, capability, &[]) };
+    let volume = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap();
+    assert_eq!(volume.content_source, source);
+    volume.volume_id
+}
+
+fn snapshot(id: &str) -> Option<Type> {
+    Some(Type::Snapshot(SnapshotSource { snapshot_id: id.into() }))
+}
+
+fn volume(id: &str) -> Option<Type> {
+    Some(Type::Volume(VolumeSource { volume_id: id.into() }))
+}
+
+/// One volume's requests at paths of its own.
+fn calls(driver: &Driver, id: &str, capability: &VolumeCapability) -> Calls {
+    let short = &id[4..12];
+    let (staging, target) = (driver.kubelet(&format!("staging/{short}")), driver.kubelet(&format!("pods/{short}")));
+    Calls { staging, target, ..Calls::new(driver, id, capability.clone()) }
+}
+
+async fn bring(driver: &Driver, calls: &Calls) {
+    let mut node = driver.node().await;
+    node.node_stage_volume(calls.stage()).await.unwrap();
+    node.node_publish_volume(calls.publish()).await.unwrap();
+}
+
+async fn take_away(driver: &Driver, calls: &Calls) {
+    let mut node = driver.node().await;
+    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
+    node.node_unstage_volume(calls.unstage()).await.unwrap();
+    let _ = fs::remove_dir(&calls.staging);
+}
+
+async fn end(driver: &Driver, calls: &Calls) {
+    take_away(driver, calls).await;
+    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+}
+
+async fn take(driver: &Driver, name: &str, id: &str) -> csi::Snapshot {
+    let request = csi::CreateSnapshotRequest { name: name.into(), source_volume_id: id.into(), ..Default::default() };
+    driver.controller().await.create_snapshot(request).await.unwrap().into_inner().snapshot.unwrap()
+}
+
+async fn drop_snapshot(driver: &Driver, id: &str) {
+    let request = csi::DeleteSnapshotRequest { snapshot_id: id.into(), ..Default::default() };
+    driver.controller().await.delete_snapshot(request).await.unwrap();
+}
+
+async fn expand(driver: &Driver, id: &str, size: i64) -> csi::ControllerExpandVolumeResponse {
+    let range = csi::CapacityRange { required_bytes: size, limit_bytes: 0 };
+    let request =
+        csi::ControllerExpandVolumeRequest { volume_id: id.into(), capacity_range: Some(range), ..Default::default() };
+    driver.controller().await.controller_expand_volume(request).await.unwrap().into_inner()
+}
+
+async fn node_expand(driver: &Driver, calls: &Calls, size: i64) -> i64 {
+    let request = csi::NodeExpandVolumeRequest {
+        volume_id: calls.id.clone(),
+        volume_path: calls.target.clone(),
+        staging_target_path: calls.staging.clone(),
+        capacity_range: Some(csi::CapacityRange { required_bytes: size, limit_bytes: 0 }),
+        ..Default::default()
+    };
+    driver.node().await.node_expand_volume(request).await.unwrap().into_inner().capacity_bytes
+}
+
+fn write(path: &str, text: &str) {
+    let mut file = fs::File::create(path).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+}
+
+fn total(path: &str) -> u64 {
+    let stat = rustix::fs::statvfs(path).unwrap();
+    stat.f_blocks * stat.f_frsize
+}
+
+/// Pools: the host's own filesystem, and one of each that can share blocks.
+fn pools() -> [(&'static str, Driver); 3] {
+    [("the host's", Driver::new()), ("xfs", Driver::on("xfs", 5120)), ("btrfs", Driver::on("btrfs", 5120))]
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn what_was_written_is_in_the_snapshot_and_nothing_after() {
+    for (pool, mut driver) in pools() {
+        driver.start();
+        for fs_type in ["ext4", "xfs", "btrfs"] {
+            eprintln!("{fs_type} in a pool on {pool}");
+            let capability = mount(fs_type);
+            let id = made(&driver, "pvc-1", 300 * MIB, &capability, None).await;
+            let first = calls(&driver, &id, &capability);
+            bring(&driver, &first).await;
+            let file = format!("{}/data", first.target);
+            // Not synced: to hold the filesystem still brings it to the disk.
+            write(&file, "before");
+            let taken = take(&driver, "snap-1", &id).await;
+            assert!(taken.ready_to_use && taken.size_bytes == 300 * MIB && taken.source_volume_id == id);
+            assert_eq!(take(&driver, "snap-1", &id).await, taken, "the same call finds the same snapshot");
+            write(&file, "after");
+            // A clone is of now, while the volume is in use.
+            let clone = made(&driver, "clone", 300 * MIB, &capability, volume(&id)).await;
+            write(&file, "later");
+
+            let restored = made(&driver, "restored", 400 * MIB, &capability, snapshot(&taken.snapshot_id)).await;
+            drop_snapshot(&driver, &taken.snapshot_id).await;
+            let (clone, restored) = (calls(&driver, &clone, &capability), calls(&driver, &restored, &capability));
+            for (calls, want) in [(&clone, "after"), (&restored, "before"), (&first, "later")] {
+                if calls.id != first.id {
+                    bring(&driver, calls).await;
+                }
+                let found = fs::read_to_string(format!("{}/data", calls.target)).unwrap();
+                assert_eq!(found, want);
+            }
+            // A larger one is filled without being asked to.
+            assert!(total(&restored.target) > total(&first.target) + 80 * MIB as u64);
+            // All three are volumes of their own.
+            write(&format!("{}/data", clone.target), "of the clone");
+            assert_eq!(fs::read_to_string(&file).unwrap(), "later");
+            for calls in [&clone, &restored, &first] {
+                end(&driver, calls).await;
+            }
+        }
+        driver.assert_clean();
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn block_devices_are_snapshotted_in_use_where_blocks_are_shared() {
+    for (pool, mut driver) in pools() {
+        driver.start();
+        let id = made(&driver, "pvc-1", 16 * MIB, &block(), None).await;
+        let first = calls(&driver, &id, &block());
+        bring(&driver, &first).await;
+        let device = fs::OpenOptions::new().write(true).open(&first.target).unwrap();
+        device.write_all_at(&[1; 8192], 4096).unwrap();
+        drop(device);
+        let request =
+            csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: id.clone(), ..Default::default() };
+        let in_use = driver.controller().await.create_snapshot(request).await;
+        if pool == "the host's" {
+            assert_eq!(in_use.unwrap_err().code(), Code::FailedPrecondition, "a copy would be of many moments");
+            take_away(&driver, &first).await;
+            take(&driver, "s", &id).await;
+            bring(&driver, &first).await;
+        }
+        let taken = take(&driver, "s", &id).await;
+        let device = fs::OpenOptions::new().write(true).open(&first.target).unwrap();
+        device.write_all_at(&[2; 8192], 4096).unwrap();
+        drop(device);
+        let restored = made(&driver, "restored", 0, &block(), snapshot(&taken.snapshot_id)).await;
+        let restored = calls(&driver, &restored, &block());
+        bring(&driver, &restored).await;
+        let found = fs::read(&restored.target).unwrap();
+        assert!(found.len() == 16 << 20 && found[..4096] == [0; 4096] && found[4096..12288] == [1; 8192], "{pool}");
+        // It cannot become a filesystem on the way.
+        let as_mount = csi::CreateVolumeRequest {
+            volume_content_source: Some(csi::VolumeContentSource { r#type: snapshot(&taken.snapshot_id) }),
+            ..create("other", 0, &mount("ext4"), &[])
+        };
+        let refused = driver.controller().await.create_volume(as_mount).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        drop_snapshot(&driver, &taken.snapshot_id).await;
+        end(&driver, &restored).await;
+        end(&driver, &first).await;
+        driver.assert_clean();
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn volumes_grow_in_use_and_at_rest() {
+    let mut driver = Driver::new();
+    driver.start();
+    for fs_type in ["ext4", "xfs", "btrfs"] {
+        let capability = mount(fs_type);
+        let id = made(&driver, "pvc-1", 300 * MIB, &capability, None).await;
+        let calls = calls(&driver, &id, &capability);
+        bring(&driver, &calls).await;
+        let file = format!("{}/data", calls.target);
+        write(&file, "kept");
+        let held = fs::File::open(&file).unwrap();
+        let before = total(&calls.target);
+        if fs_type == "ext4" && !keelway_csi::sys::grow::allowed(FsType::Ext4) {
+            eprintln!("skipped: ext4 in use grows only with CAP_SYS_RESOURCE, which this machine keeps back");
+            let answer = expand(&driver, &id, 600 * MIB).await;
+            assert!(answer.capacity_bytes == 600 * MIB && answer.node_expansion_required, "{answer:?}");
+            drop(held);
+            take_away(&driver, &calls).await;
+            bring(&driver, &calls).await;
+            assert!(total(&calls.target) > before + 250 * MIB as u64, "{fs_type} at rest");
+            assert_eq!(fs::read_to_string(&file).unwrap(), "kept");
+            end(&driver, &calls).await;
+            continue;
+        }
+        let answer = expand(&driver, &id, 600 * MIB).await;
+        assert!(answer.capacity_bytes == 600 * MIB && answer.node_expansion_required, "{answer:?}");
+        // A driver that is killed in between goes on with it.
+        driver.kill();
+        driver.start();
+        assert_eq!(node_expand(&driver, &calls, 600 * MIB).await, 600 * MIB);
+        assert!(total(&calls.target) > before + 250 * MIB as u64, "{fs_type} in use");
+        assert_eq!(expand(&driver, &id, 500 * MIB).await.capacity_bytes, 600 * MIB, "nothing ever shrinks");
+        assert!(!expand(&driver, &id, 600 * MIB).await.node_expansion_required);
+        drop(held);
+        take_away(&driver, &calls).await;
+        // At rest: the next staging makes the filesystem fill its device, whether it is asked to or not.
+        assert!(expand(&driver, &id, 900 * MIB).await.node_expansion_required);
+        bring(&driver, &calls).await;
+        assert!(total(&calls.target) > before + 550 * MIB as u64, "{fs_type} at rest");
+        assert_eq!(fs::read_to_string(&file).unwrap(), "kept");
+        end(&driver, &calls).await;
+    }
+    let id = made(&driver, "pvc-1", 16 * MIB, &block(), None).await;
+    let calls = calls(&driver, &id, &block());
+    bring(&driver, &calls).await;
+    assert!(expand(&driver, &id, 32 * MIB).await.node_expansion_required);
+    node_expand(&driver, &calls, 32 * MIB).await;
+    assert_eq!(run("blockdev", &["--getsize64", &calls.target]).trim(), (32 * MIB).to_string());
+    let huge = csi::ControllerExpandVolumeRequest {
+        volume_id: id.clone(),
+        capacity_range: Some(csi::CapacityRange { required_bytes: 1 << 50, limit_bytes: 0 }),
+        ..Default::default()
+    };
+    let refused = driver.controller().await.controller_expand_volume(huge).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    end(&driver, &calls).await;
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn a_group_is_of_one_moment() {
+    let mut driver = Driver::on("xfs", 4096);
+    driver.start();
+    let capability = mount("ext4");
+    let mut all = Vec::new();
+    for name in ["pvc-1", "pvc-2", "pvc-3"] {
+        let id = made(&driver, name, 64 * MIB, &capability, None).await;
+        all.push(calls(&driver, &id, &capability));
+        bring(&driver, all.last().unwrap()).await;
+    }
+    // A number goes from one volume to the next, as a transaction would; a group that is of one moment never has it in
+    // a later volume and not yet in an earlier one.
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let writer = {
+        let (paths, stop): (Vec<_>, _) = (all.iter().map(|c| format!("{}/n", c.target)).collect(), stop.clone());
+        std::thread::spawn(move || {
+            let files: Vec<_> = paths.iter().map(|path| fs::File::create(path).unwrap()).collect();
+            for n in 1u64.. {
+                if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    return n;
+                }
+                for file in &files {
+                    file.write_all_at(&n.to_le_bytes(), 0).unwrap();
+                    file.sync_data().unwrap();
+                }
+            }
+            0
+        })
+    };
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    let request = csi::CreateVolumeGroupSnapshotRequest {
+        name: "group".into(),
+        source_volume_ids: all.iter().map(|calls| calls.id.clone()).collect(),
+        ..Default::default()
+    };
+    let mut groups = driver.groups().await;
+    let group =
+        groups.create_volume_group_snapshot(request.clone()).await.unwrap().into_inner().group_snapshot.unwrap();
+    let again =
+        groups.create_volume_group_snapshot(request.clone()).await.unwrap().into_inner().group_snapshot.unwrap();
+    assert_eq!(group, again);
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(writer.join().unwrap() > 2);
+    let mut numbers = Vec::new();
+    for member in &all {
+        let taken = group.snapshots.iter().find(|snapshot| snapshot.source_volume_id == member.id).unwrap();
+        let restored = made(&driver, "restored", 0, &capability, snapshot(&taken.snapshot_id)).await;
+        let restored = calls(&driver, &restored, &capability);
+        bring(&driver, &restored).await;
+        let bytes = fs::read(format!("{}/n", restored.target)).unwrap();
+        numbers.push(u64::from_le_bytes(bytes[..8].try_into().unwrap()));
+        end(&driver, &restored).await;
+    }
+    assert!(numbers[0] > 0 && numbers.is_sorted_by(|a, b| a >= b) && numbers[0] - numbers[2] <= 1, "{numbers:?}");
+    let one = csi::DeleteSnapshotRequest { snapshot_id: group.snapshots[0].snapshot_id.clone(), ..Default::default() };
+    assert_eq!(driver.controller().await.delete_snapshot(one).await.unwrap_err().code(), Code::FailedPrecondition);
+    let delete = csi::DeleteVolumeGroupSnapshotRequest {
+        group_snapshot_id: group.group_snapshot_id.clone(),
+        snapshot_ids: group.snapshots.iter().map(|snapshot| snapshot.snapshot_id.clone()).collect(),
+        ..Default::default()
+    };
+    groups.delete_volume_group_snapshot(delete.clone()).await.unwrap();
+    groups.delete_volume_group_snapshot(delete).await.unwrap();
+    for calls in &all {
+        end(&driver, calls).await;
+    }
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn a_filesystem_does_not_stay_frozen_when_the_driver_dies() {
+    let mut driver = Driver::new();
+    let pid = driver.start();
+    let capability = mount("ext4");
+    let id = made(&driver, "pvc-1", 512 * MIB, &capability, None).await;
+    let calls = calls(&driver, &id, &capability);
+    bring(&driver, &calls).await;
+    // Enough to copy that it can be met on the way.
+    let file = fs::File::create(format!("{}/data", calls.target)).unwrap();
+    for n in 0..300 {
+        file.write_all_at(&vec![7; 1 << 20], n << 20).unwrap();
+    }
+    file.sync_all().unwrap();
+    drop(file);
+    for also_helper in [false, true] {
+        let request =
+            csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: id.clone(), ..Default::default() };
+        let mut controller = driver.controller().await;
+        let taking = tokio::spawn(async move { controller.create_snapshot(request).await });
+        let pid = if also_helper { driver_pid(&driver) } else { pid };
+        let helper = loop {
+            assert!(!taking.is_finished(), "the helper was never seen");
+            match helper_of(pid) {
+                Some(helper) => break helper,
+                None => tokio::task::yield_now().await,
+            }
+        };
+        if also_helper {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(helper), nix::sys::signal::Signal::SIGSTOP).unwrap();
+        }
+        driver.kill();
+        if also_helper {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(helper), nix::sys::signal::Signal::SIGKILL).unwrap();
+            driver.start();
+        }
+        assert!(taking.await.unwrap().is_err());
+        // Without the driver, or with a new one: whoever writes is not held up.
+        let path = format!("{}/alive", calls.target);
+        let writing = tokio::task::spawn_blocking(move || write(&path, "yes"));
+        tokio::time::timeout(std::time::Duration::from_secs(10), writing).await.expect("still frozen").unwrap();
+        if !also_helper {
+            driver.start();
+        }
+    }
+    assert_eq!(fs::read_dir(driver.path("pool")).unwrap().count(), 2, "only the image and the mark");
+    end(&driver, &calls).await;
+    driver.assert_clean();
+}
+
+fn driver_pid(driver: &Driver) -> u32 {
+    driver.pid().expect("a running driver")
+}
+
+fn helper_of(pid: u32) -> Option<i32> {
+    let children = |task: std::path::PathBuf| fs::read_to_string(task.join("children")).unwrap_or_default();
+    let all: String = common::list(Path::new(&format!("/proc/{pid}/task"))).into_iter().map(children).collect();
+    all.split_whitespace().filter_map(|child| child.parse().ok()).find(|child: &i32| {
+        fs::read(format!("/proc/{child}/cmdline")).is_ok_and(|line| line.ends_with(b"hold-still\0"))
+    })
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn inline_volumes_live_with_their_pod() {
+    let mut driver = Driver::new();
+    driver.start();
+    let handle = format!("csi-{}", "0af9".repeat(16));
+    let publish = csi::NodePublishVolumeRequest {
+        volume_id: handle.clone(),
+        target_path: driver.kubelet("pods/inline"),
+        volume_capability: Some(mount("")),
+        volume_context: [
+            ("csi.storage.k8s.io/ephemeral", "true"),
+            ("csi.storage.k8s.io/pod.name", "web-0"),
+            ("size", "64Mi"),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into(),
+        ..Default::default()
+    };
+    let mut node = driver.node().await;
+    node.node_publish_volume(publish.clone()).await.unwrap();
+    write(&format!("{}/data", publish.target_path), "scratch");
+    driver.kill();
+    driver.start();
+    let mut node = driver.node().await;
+    node.node_publish_volume(publish.clone()).await.unwrap();
+    assert_eq!(fs::read_to_string(format!("{}/data", publish.target_path)).unwrap(), "scratch");
+    assert!(total(&publish.target_path) < 64 << 20);
+    let stats = csi::NodeGetVolumeStatsRequest {
+        volume_id: handle.clone(),
+        volume_path: publish.target_path.clone(),
+        ..Default::default()
+    };
+    assert_eq!(node.node_get_volume_stats(stats).await.unwrap().into_inner().usage.len(), 2);
+    let listed = driver.controller().await.list_volumes(csi::ListVolumesRequest::default()).await.unwrap();
+    assert!(listed.into_inner().entries.is_empty(), "a pod's own volume is nobody else's");
+    let unpublish = csi::NodeUnpublishVolumeRequest { volume_id: handle, target_path: publish.target_path.clone() };
+    node.node_unpublish_volume(unpublish.clone()).await.unwrap();
+    node.node_unpublish_volume(unpublish).await.unwrap();
+    for (key, value) in [("size", "lots"), ("replicas", "3")] {
+        let mut bad = publish.clone();
+        bad.volume_context.insert(key.into(), value.into());
+        let refused = node.node_publish_volume(bad).await.unwrap_err();
+        assert!(refused.code() == Code::InvalidArgument && refused.message().contains(key), "{refused}");
+    }
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn a_group_owns_the_volume() {
+    let mut driver = Driver::new();
+    driver.start();
+    let mut capability = mount("ext4");
+    let id = made(&driver, "pvc-1", 64 * MIB, &capability, None).await;
+    let calls = calls(&driver, &id, &capability);
+    bring(&driver, &calls).await;
+    write(&format!("{}/old", calls.target), "x");
+    take_away(&driver, &calls).await;
+    if let Some(csi::volume_capability::AccessType::Mount(mount)) = &mut capability.access_type {
+        mount.volume_mount_group = "4242".into();
+    }
+    let calls = Calls { capability, ..calls };
+    bring(&driver, &calls).await;
+    write(&format!("{}/new", calls.target), "x");
+    for name in ["old", "new", ""] {
+        assert_eq!(fs::metadata(Path::new(&calls.target).join(name)).unwrap().gid(), 4242, "{name}");
+    }
+    assert_eq!(fs::metadata(&calls.target).unwrap().permissions().mode() & 0o7777, 0o2775);
+    end(&driver, &calls).await;
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn what_is_wrong_with_a_volume_is_said() {
+    let mut driver = Driver::new();
+    driver.start();
+    let capability = mount("ext4");
+    let id = made(&driver, "pvc-1", 64 * MIB, &capability, None).await;
+    let calls = calls(&driver, &id, &capability);
+    bring(&driver, &calls).await;
+    async fn health(driver: &Driver, id: &str) -> Vec<(i32, String)> {
+        let request = csi::ControllerGetVolumeHealthRequest { volume_id: id.into(), ..Default::default() };
+        let answer = driver.controller().await.controller_get_volume_health(request).await.unwrap().into_inner();
+        answer.volume_health.unwrap().health_statuses.into_iter().map(|entry| (entry.status, entry.reason)).collect()
+    }
+    assert_eq!(health(&driver, &id).await, []);
+    // ext4 counts an error that it is told of.
+    let device = driver.loops()[0].path();
+    let name = device.file_name().unwrap().to_str().unwrap();
+    fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "test").unwrap();
+    let found = health(&driver, &id).await;
+    let degraded = csi::VolumeHealthErrorType::Degraded as i32;
+    assert!(found.contains(&(degraded, "FilesystemErrors".into())), "{found:?}");
+    take_away(&driver, &calls).await;
+    // What is no longer what the record says is lost, and left alone.
+    let image = driver.images().remove(0);
+    let moved = image.with_extension("moved");
+    fs::rename(&image, &moved).unwrap();
+    let lost = csi::VolumeHealthErrorType::DataLoss as i32;
+    assert_eq!(health(&driver, &id).await, [(lost, "StorageMismatch".into())]);
+    fs::rename(&moved, &image).unwrap();
+    assert_ne!(health(&driver, &id).await, [(lost, "StorageMismatch".into())]);
+    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn shared_blocks_are_promised_to_each_who_has_them() {
+    let mut driver = Driver::on("xfs", 2048);
+    driver.start();
+    let capability = mount("ext4");
+    let id = made(&driver, "pvc-1", 512 * MIB, &capability, None).await;
+    let calls = calls(&driver, &id, &capability);
+    bring(&driver, &calls).await;
+    let file = fs::File::create(format!("{}/data", calls.target)).unwrap();
+    for n in 0..200 {
+        file.write_all_at(&vec![n as u8; 1 << 20], n << 20).unwrap();
+    }
+    file.sync_all().unwrap();
+    drop(file);
+    async fn available(driver: &Driver) -> i64 {
+        let request = csi::GetCapacityRequest::default();
+        driver.controller().await.get_capacity(request).await.unwrap().into_inner().available_capacity
+    }
+    let before = available(&driver).await;
+    let taken = take(&driver, "s", &id).await;
+    let after = available(&driver).await;
+    // What is shared may all be written anew by the volume, which was promised that.
+    assert!(before - after > 200 * MIB, "{before} {after}");
+    drop_snapshot(&driver, &taken.snapshot_id).await;
+    let last = available(&driver).await;
+    assert!((before - last).abs() < 16 * MIB, "{before} {last}");
+    end(&driver, &calls).await;
+    driver.assert_clean();
+}
