@@ -1,6 +1,7 @@
 //! Local pods: which are leased, which are attached, and under whose rules.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher as _, RandomState};
 use std::net::IpAddr;
 
 use keelway_cni::plan::Plan;
@@ -68,6 +69,12 @@ fn write(record: &Record, tables: &mut Tables) -> Result<(), TableError> {
     Ok(())
 }
 
+/// Where this start of the agent begins to count. Flows outlive their pods in the tables, and the one that had the highest number
+/// may be gone, so that what the endpoints hold does not say which numbers were given: each start begins somewhere else.
+fn first_incarnation() -> u32 {
+    (RandomState::new().hash_one(std::process::id()) as u32).max(1)
+}
+
 /// What socket hooks are to know of a pod.
 fn netns_pod(lease: &Lease, entry: &Endpoint) -> NetnsPod {
     let of_family = |is_family: fn(&IpAddr) -> bool| {
@@ -81,7 +88,7 @@ impl Endpoints {
     pub fn restore(leases: Vec<Lease>, tables: &Tables) -> Result<Self, TableError> {
         let entries: BTreeMap<_, _> = tables.endpoints.dump()?.into_iter().collect();
         let next_id = entries.values().map(|entry| entry.id).max().unwrap_or(0) + 1;
-        let next_incarnation = entries.values().map(|entry| entry.incarnation).max().unwrap_or(0) + 1;
+        let next_incarnation = first_incarnation();
         let cookies: BTreeMap<u32, u64> =
             tables.netns.dump()?.into_iter().map(|(cookie, pod)| (pod.endpoint, cookie)).collect();
         let records = leases
@@ -299,5 +306,17 @@ impl Engine {
             missing.push(format!("{alive} of 2 programs are attached to {}", record.host_ifname));
         }
         missing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_start_counts_incarnations_from_where_another_did() {
+        let starts: BTreeSet<u32> = (0..100).map(|_| first_incarnation()).collect();
+        assert_eq!(starts.len(), 100);
+        assert!(!starts.contains(&0), "that is nobody's");
     }
 }
