@@ -1,5 +1,7 @@
 //! `keelway-agent cleanup`: everything of ours leaves the node, since pins, devices and routes outlive the agent's pod.
 
+pub mod kube_proxy;
+
 use std::net::IpAddr;
 use std::path::Path;
 
@@ -12,6 +14,7 @@ use keelway_netlink::{Handle, PROTOCOL_KEELWAY, RouteFilter};
 
 use crate::config::Config;
 use crate::host::{CIDRS_FILE, VXLAN_DEVICE, remembered_cidrs};
+use crate::netfilter::nft::release_translation;
 use crate::run::lock;
 
 /// Removes what there is and says what that was.
@@ -44,7 +47,10 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
     }
     let pins = keelway_maps::cleanup(&config.bpffs)?.len();
     let files = remove_files(config)?;
-    println!("removed {pins} pins, {links} devices, {routes} routes, {files} files");
+    // Where the kernel has no nftables there is nothing to let go of.
+    let held = release_translation().or_else(|refused| if refused.is_absent() { Ok(false) } else { Err(refused) })?;
+    let held = if held { ", and a former kube-proxy's connections let go" } else { "" };
+    println!("removed {pins} pins, {links} devices, {routes} routes, {files} files{held}");
     Ok(())
 }
 

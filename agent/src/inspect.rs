@@ -24,6 +24,8 @@ pub struct InspectService {
     pub host_problem: watch::Receiver<String>,
     /// Who else does this agent's work here, in words.
     pub neighbours: watch::Receiver<Vec<String>>,
+    /// Health checks that cannot be served, in words.
+    pub health_checks: watch::Receiver<Vec<String>>,
 }
 
 #[tonic::async_trait]
@@ -54,6 +56,7 @@ impl InspectService {
         let mut problems = engine.problems;
         problems.extend(Some(self.host_problem.borrow().clone()).filter(|problem| !problem.is_empty()));
         problems.extend(self.neighbours.borrow().iter().cloned());
+        problems.extend(self.health_checks.borrow().iter().cloned());
         NodeStatusResponse {
             version: env!("CARGO_PKG_VERSION").into(),
             layout_version: engine.layout_version,

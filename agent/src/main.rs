@@ -28,6 +28,7 @@ fn act(cli: Cli) -> anyhow::Result<()> {
             let config = Config::load(&flags, &Host::read())?;
             runtime()?.block_on(run::run(config))
         }
+        Command::Cleanup(args) if args.kube_proxy => runtime()?.block_on(cleanup::kube_proxy::remove(args.force)),
         Command::Cleanup(args) => {
             let config = Config::load(&args.flags, &Host::read())?;
             runtime()?.block_on(cleanup::cleanup(&config))

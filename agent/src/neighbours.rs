@@ -1,18 +1,14 @@
 //! Who else does this agent's work on the node: a kube-proxy's rules in the kernel, another plugin's configuration where the
 //! container runtime looks. Named, not removed: they are somebody's.
 
-use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::time::Duration;
 
 use keelway_cni::install::{BINARY_FILE, CONFLIST_FILE};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket, sockopt,
-};
-use nix::sys::time::{TimeVal, TimeValLike as _};
 use tokio::sync::watch;
 
 use crate::install;
+use crate::netfilter::nft::{self, Chain};
 
 /// Where runtimes look for plugins' configurations.
 pub const CONF_DIR: &str = "/etc/cni/net.d";
@@ -34,13 +30,18 @@ pub async fn watch(found: watch::Sender<Vec<String>>) {
 /// What a kube-proxy has put into this network namespace, if anything. Rules of iptables' old back end are not seen.
 pub fn kube_proxy() -> Option<String> {
     // Without nftables in the kernel there is nothing to find; anything else that goes wrong says no more than that.
-    let chains = chains().unwrap_or_default();
-    let is_its = |(table, chain): &&(String, String)| table == "kube-proxy" || chain == "KUBE-SERVICES";
-    let (table, chain) = chains.iter().find(is_its)?;
-    let place = if table == "kube-proxy" { "nftables".to_owned() } else { format!("iptables, {table} {chain}") };
+    let chains = nft::chains().unwrap_or_default();
+    let is_its = |chain: &&nft::Chain| match chain.table.name.as_str() {
+        "kube-proxy" => true,
+        "nat" | "filter" => chain.name == "KUBE-SERVICES",
+        _ => false,
+    };
+    let Chain { table, name, .. } = chains.iter().find(is_its)?;
+    let nftables = table.name == "kube-proxy";
+    let place = if nftables { "nftables".to_owned() } else { format!("iptables, {} {name}", table.name) };
     Some(format!(
         "kube-proxy runs on this node or has run and left its rules ({place}): they translate Services too; stop it, then \
-         `kube-proxy --cleanup` removes them"
+         `keelway-agent cleanup --kube-proxy` removes them"
     ))
 }
 
@@ -54,90 +55,9 @@ pub fn configurations(dir: &Path) -> Vec<String> {
     before.chain(replaced).map(|which| format!("{}: {what} {which}; ours names {BINARY_FILE}", dir.display())).collect()
 }
 
-// `<linux/netfilter/nf_tables.h>`, `<linux/netfilter/nfnetlink.h>`, `<linux/netlink.h>`.
-const GET_CHAIN: u16 = 10 << 8 | 4;
-const NEW_CHAIN: u16 = 10 << 8 | 3;
-const REQUEST_DUMP: u16 = 0x301;
-const DONE: u16 = 3;
-const ERROR: u16 = 2;
-const CHAIN_TABLE: u16 = 1;
-const CHAIN_NAME: u16 = 3;
-/// Of a message (length, type, flags, sequence, port) and of nfnetlink's own header (family, version, resource).
-const HEADER: usize = 16;
-const GENERIC: usize = 4;
-
-/// Table and name of every nftables chain of every family; iptables' usual back end keeps its rules there too.
-fn chains() -> nix::Result<Vec<(String, String)>> {
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
-    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
-    let mut request = Vec::with_capacity(HEADER + GENERIC);
-    request.extend(((HEADER + GENERIC) as u32).to_ne_bytes());
-    request.extend(GET_CHAIN.to_ne_bytes());
-    request.extend(REQUEST_DUMP.to_ne_bytes());
-    request.extend([0; 8 + GENERIC]);
-    sendto(socket.as_raw_fd(), &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
-    let (mut found, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
-    loop {
-        let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        let mut rest = &buffer[..length];
-        while let Some((kind, body, after)) = message(rest) {
-            match kind {
-                NEW_CHAIN => found.extend(body.get(GENERIC..).and_then(chain)),
-                DONE | ERROR => return Ok(found),
-                _ => {}
-            }
-            rest = after;
-        }
-    }
-}
-
-/// The first message: its type, what it carries, and what follows it.
-fn message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
-    let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
-    let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
-    Some((kind, bytes.get(HEADER..length)?, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
-}
-
-fn chain(mut attributes: &[u8]) -> Option<(String, String)> {
-    let (mut table, mut name) = (None, None);
-    while let Some(length) = attributes.get(..2) {
-        let length = usize::from(u16::from_ne_bytes(length.try_into().ok()?));
-        let kind = u16::from_ne_bytes(attributes.get(2..4)?.try_into().ok()?);
-        let text = || Some(String::from_utf8_lossy(attributes.get(4..length)?).trim_end_matches('\0').to_owned());
-        match kind {
-            CHAIN_TABLE => table = text(),
-            CHAIN_NAME => name = text(),
-            _ => {}
-        }
-        attributes = attributes.get(length.max(4).next_multiple_of(4)..).unwrap_or_default();
-    }
-    table.zip(name)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn attribute(kind: u16, text: &str) -> Vec<u8> {
-        let mut bytes = (text.len() as u16 + 5).to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(text.bytes());
-        bytes.resize(bytes.len() + 1, 0);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    }
-
-    #[test]
-    fn reads_chains_and_survives_what_is_cut() {
-        let bytes =
-            [attribute(CHAIN_TABLE, "nat"), attribute(2, "12345678"), attribute(CHAIN_NAME, "KUBE-SERVICES")].concat();
-        assert_eq!(chain(&bytes), Some(("nat".into(), "KUBE-SERVICES".into())));
-        for length in 0..bytes.len() {
-            let _ = chain(&bytes[..length]);
-        }
-        assert_eq!(message(&[4, 0, 0, 0, 1, 0]), None);
-        assert_eq!(message(&[0; 20]), None, "a length of nothing would be read for ever");
-    }
 
     #[test]
     fn a_configuration_in_our_place_is_named() {

@@ -7,6 +7,7 @@
 //!
 //! Stopping stops nothing of the network: programs, maps, links, devices and routes stay.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -28,14 +29,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::attachments::{AttachmentService, leases_path};
-use crate::config::{Config, SourceConfig};
-use crate::engine::{Command, Devices, Engine, Handle, HostRoutes, Settings, Wiring};
+use crate::config::{Config, NodePortAddresses, SourceConfig};
+use crate::engine::{Command, Devices, Engine, Handle, HostRoutes, Settings, Wiring, adopt};
+use crate::events::{self, Recorder};
 use crate::gate::Gate;
+use crate::health_checks::HealthChecks;
 use crate::host::{self, HostNetwork};
 use crate::http::{self, Health, Metrics};
 use crate::inspect::InspectService;
 use crate::neighbours;
-use crate::source::kube::Kubernetes;
+use crate::source::kube::{Kubernetes, PolicyLister};
 use crate::source::manifests::Manifests;
 use crate::source::{CHANNEL_CAPACITY, Event, Node, Source, Status};
 use crate::sweep::{self, Flows};
@@ -68,9 +71,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     let status = Status::default();
     let health = Health::default();
-    let metrics = Metrics::new(env!("CARGO_PKG_VERSION"), LAYOUT_VERSION);
+    if was_synced {
+        health.set_served();
+    }
+    let names = if config.kube_proxy_metrics { Metrics::with_kube_proxy_names } else { Metrics::new };
+    let metrics = names(env!("CARGO_PKG_VERSION"), LAYOUT_VERSION);
     let (events_tx, events) = mpsc::channel(CHANNEL_CAPACITY);
-    let lister = start_source(&config, events_tx, status.clone()).await?;
+    let (lister, recorder) = match start_source(&config, events_tx, status.clone()).await? {
+        Some((lister, client)) => (Some(lister), Recorder::start(client, config.node_name.clone())),
+        None => (None, Recorder::none()),
+    };
 
     let (node_tx, node) = watch::channel(None);
     let (devices_tx, devices) = watch::channel(None);
@@ -82,6 +92,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         implied_namespaces: lister.is_none(),
     };
     let flows = Flows::default();
+    let node_port_devices = devices.clone();
+    let (health_checks_tx, wanted) = watch::channel(Vec::new());
+    let (complaints_tx, complaints) = watch::channel(BTreeSet::new());
     let wiring = Wiring {
         events,
         devices,
@@ -89,6 +102,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         host_routes: routes_tx,
         source: status.clone(),
         flows: flows.clone(),
+        health_checks: health_checks_tx,
+        complaints: complaints_tx,
         health: health.clone(),
         metrics: metrics.clone(),
     };
@@ -121,9 +136,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         attachments: attachments.clone(),
     };
     tokio::spawn(host_task.run());
+    let (problems, health_check_problems) = watch::channel(Vec::new());
+    tokio::spawn(events::follow(complaints, recorder.clone()));
+    // For all, no address is named: one that comes later, or is a load balancer's own, is answered too.
+    let addresses = (config.nodeport_addresses != NodePortAddresses::All).then_some(node_port_devices);
+    let health_checks = HealthChecks { wanted, addresses, health: health.clone(), problems, events: recorder };
+    tokio::spawn(health_checks.run());
     serve_http(listeners, health, metrics, &engine, &status, flows);
     let (neighbours_tx, neighbours) = watch::channel(Vec::new());
     tokio::spawn(neighbours::watch(neighbours_tx));
+    tokio::spawn(adopt::watch());
     let inspect = InspectService {
         engine: engine.clone(),
         source: status,
@@ -131,6 +153,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         network,
         host_problem,
         neighbours,
+        health_checks: health_check_problems,
     };
     serve_api(&config, attachments.clone(), inspect)?;
     tokio::spawn(show_signs_of_life(config.run_dir.clone()));
@@ -160,12 +183,12 @@ pub fn lock(config: &Config) -> anyhow::Result<Flock<std::fs::File>> {
     })
 }
 
-/// Starts the source's task; answers whom to ask for policies where that has to be done.
+/// Starts the source's task; where there is an API, answers whom to ask for policies there, and a client.
 async fn start_source(
     config: &Config,
     events: mpsc::Sender<Event>,
     status: Status,
-) -> anyhow::Result<Option<crate::source::kube::PolicyLister>> {
+) -> anyhow::Result<Option<(PolicyLister, kube::Client)>> {
     fn spawn(source: impl Source, events: mpsc::Sender<Event>, status: Status) {
         status.describe(source.describe());
         tokio::spawn(source.run(events, status));
@@ -178,9 +201,9 @@ async fn start_source(
             return Ok(None);
         }
     };
-    let lister = source.policy_lister();
+    let beside = (source.policy_lister(), source.client());
     spawn(source, events, status);
-    Ok(Some(lister))
+    Ok(Some(beside))
 }
 
 /// Where `/healthz`, `/livez` and `/metrics` are served, as far as they are.

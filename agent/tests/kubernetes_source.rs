@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use keelway_agent::events::{CONTROLLER, Note, Recorder};
 use keelway_agent::source::kube::Kubernetes;
 use keelway_agent::source::{CHANNEL_CAPACITY, Event, Kind, Object, Source, Status};
+use keelway_proxy::ObjectName;
 use tokio::sync::mpsc;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -334,6 +336,46 @@ async fn outages_deletions_and_failover() {
     seen.upserted(Kind::Service, "failover").await;
     assert_eq!(seen.status.description(), format!("kubernetes {}", cluster.url(1)));
     seen.problems_become(<[_]>::is_empty).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_of_services_are_written_with_the_deployed_permissions() {
+    let programs = match programs() {
+        Ok(programs) => programs,
+        Err(reason) => return eprintln!("skipped: {reason}"),
+    };
+    let cluster = Cluster::start(programs, 1);
+    let rbac = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/agent/rbac.yaml");
+    cluster.kubectl(0, &["apply", "-f", rbac.to_str().unwrap()], "");
+    cluster.kubectl(0, &["apply", "-f", "-"], &service("web"));
+    let source = Kubernetes::kubeconfig(&cluster.kubeconfig(0, "agent"), &[]).await.unwrap();
+    let recorder = Recorder::start(source.client(), "n1".into());
+    let about = ObjectName::new("default", "web");
+    // One Event, however often; a Service that is gone has none.
+    for round in 1..=3 {
+        recorder.warn(&about, Note::Conflict, &format!("198.51.100.7 port 80 is default/other's, {round}"));
+    }
+    recorder.warn(&ObjectName::new("default", "gone"), Note::LeftOut, "does not fit");
+    recorder.warn(&about, Note::HealthCheckPort, &"long ".repeat(1000));
+    let until = Instant::now() + PATIENCE;
+    let events = loop {
+        let list = cluster.kubectl(0, &["get", "events.events.k8s.io", "-o", "json"], "");
+        let list: serde_json::Value = serde_json::from_str(&list).unwrap();
+        let ours = list["items"].as_array().unwrap().iter().filter(|event| event["reportingController"] == CONTROLLER);
+        let all: Vec<_> = ours.cloned().collect();
+        if all.iter().any(|event| event["reason"] == "FailedToStartServiceHealthcheck") {
+            break all;
+        }
+        assert!(Instant::now() < until, "{list:#}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    assert_eq!(events.len(), 2, "{events:#?}");
+    let conflict = events.iter().find(|event| event["reason"] == "ServiceAddressConflict").unwrap();
+    assert_eq!(conflict["series"]["count"], 3, "{conflict:#}");
+    assert_eq!((&conflict["type"], &conflict["reportingInstance"]), (&"Warning".into(), &"n1".into()));
+    assert!(conflict["note"].as_str().unwrap().starts_with("node n1: 198.51.100.7 port 80"), "{conflict:#}");
+    let described = cluster.kubectl(0, &["describe", "service", "web"], "");
+    assert!(described.contains("ServiceAddressConflict"), "{described}");
 }
 
 /// The part of [`the_last_known_servers_are_dialled_in_cluster`] that runs in a mount namespace with a service account.

@@ -39,7 +39,7 @@ mod tables;
 mod tracker;
 
 pub use frontends::{Backends, Choice, FrontendKind, Wanted};
-pub use health::HealthCheck;
+pub use health::{HealthCheck, NoLocal};
 pub use model::ObjectName;
 pub use op::{Backend, Dump, Frontend, FrontendKey, Op, Origin, SlotKey, flags};
 pub use simulated::{Forward, Packet, Place, Simulated, Verdict};

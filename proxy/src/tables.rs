@@ -188,6 +188,11 @@ impl Tables {
         Some(&self.claims.get(&key.seen_from(Origin::Anyone))?.first()?.service)
     }
 
+    /// The number of a backend that the maps hold.
+    pub fn number_of(&self, backend: &Backend) -> Option<u32> {
+        self.backend_numbers.get(backend).copied()
+    }
+
     /// Frontends that more than one Service wants.
     pub fn conflicts(&self) -> Vec<Conflict> {
         let conflict = |key: &FrontendKey| {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::frontends::{Wanted, frontends, node_addresses};
-use crate::health::{HealthCheck, health_check};
+use crate::health::{HealthCheck, NoLocal, health_check, no_local};
 use crate::model::{EndpointSlice, ObjectName, Service};
 use crate::op::FrontendKey;
 
@@ -39,6 +39,8 @@ pub struct Model {
     filed: BTreeMap<ObjectName, ObjectName>,
     changed: BTreeSet<ObjectName>,
     health_checks: BTreeMap<ObjectName, HealthCheck>,
+    /// Services that have nobody here.
+    no_local: BTreeMap<ObjectName, NoLocal>,
     /// Services of which something is wrong.
     flawed: BTreeSet<ObjectName>,
 }
@@ -135,6 +137,11 @@ impl Model {
         self.health_checks.values()
     }
 
+    /// Ports without an endpoint here where there has to be one, as of the last changes taken.
+    pub fn no_local(&self) -> NoLocal {
+        self.no_local.values().fold(NoLocal::default(), |sum, one| sum.plus(*one))
+    }
+
     /// The Services of which something is wrong and therefore not in force, with what.
     pub fn problems(&self) -> impl Iterator<Item = (&ObjectName, &[String])> {
         let flawed = self.flawed.iter().filter_map(|name| self.services.get(name));
@@ -166,6 +173,10 @@ impl Model {
         match object.and_then(|object| health_check(object, slices, &self.node)) {
             Some(check) => _ = self.health_checks.insert(service.clone(), check),
             None => _ = self.health_checks.remove(&service),
+        }
+        match object.map(|object| no_local(object, slices, &self.node)).filter(|counts| *counts != NoLocal::default()) {
+            Some(counts) => _ = self.no_local.insert(service.clone(), counts),
+            None => _ = self.no_local.remove(&service),
         }
         let frontends = object.map(|object| frontends(object, slices, &self.node)).unwrap_or_default();
         Change { service, frontends }

@@ -76,6 +76,11 @@ pub(super) fn check(flags: &Flags, file: &Flags, host: &Host) -> Result<Config, 
         snat_ports: snat_ports(over(&flags.snat_ports, &file.snat_ports))?,
         nodeport_addresses: nodeport_addresses(over(&flags.nodeport_addresses, &file.nodeport_addresses))?,
         metrics_addr: listen("metrics-addr", over(&flags.metrics_addr, &file.metrics_addr), "127.0.0.1:9965")?,
+        kube_proxy_metrics: boolean(
+            "kube-proxy-metrics",
+            over(&flags.kube_proxy_metrics, &file.kube_proxy_metrics),
+            false,
+        )?,
         healthz_addr: listen("healthz-addr", over(&flags.healthz_addr, &file.healthz_addr), ":10256")?,
         status_grace: plugin.status_grace,
     })
@@ -263,6 +268,15 @@ fn listen(field: &'static str, value: Option<&str>, default: &str) -> Result<Opt
         Some(None) => return Err(wrong(field, value, expected)),
     };
     Ok(Some(Listen { host, port }))
+}
+
+fn boolean(field: &'static str, value: Option<&str>, default: bool) -> Result<bool, ConfigError> {
+    match value {
+        None => Ok(default),
+        Some("true") => Ok(true),
+        Some("false") => Ok(false),
+        Some(other) => Err(wrong(field, other, "true or false")),
+    }
 }
 
 fn duration(field: &'static str, value: Option<&str>, default: &str) -> Result<Duration, ConfigError> {

@@ -155,7 +155,11 @@ pub struct Flags {
     #[arg(long, value_name = "ADDR", help_heading = "Serving")]
     pub metrics_addr: Option<Text>,
 
-    /// Serves /healthz and /livez; off to serve none. [default: :10256]
+    /// Serve kube-proxy's metrics under its own names (kubeproxy_...) beside ours: true or false. [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", help_heading = "Serving")]
+    pub kube_proxy_metrics: Option<Text>,
+
+    /// Serves /healthz, /livez and /readyz; off to serve none. [default: :10256]
     #[arg(long, value_name = "ADDR", help_heading = "Serving")]
     pub healthz_addr: Option<Text>,
 
@@ -167,6 +171,14 @@ pub struct Flags {
 /// Settings of `cleanup`.
 #[derive(Clone, Debug, Args)]
 pub struct CleanupArgs {
+    /// Remove what a former kube-proxy left in the kernel, and nothing of this agent. Its live connections go on.
+    #[arg(long)]
+    pub kube_proxy: bool,
+
+    /// With --kube-proxy: although a kube-proxy runs.
+    #[arg(long, requires = "kube_proxy")]
+    pub force: bool,
+
     /// The settings that the agent ran with, as far as they say where things are.
     #[command(flatten)]
     pub flags: Flags,

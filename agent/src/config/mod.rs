@@ -130,7 +130,9 @@ pub struct Config {
     pub nodeport_addresses: NodePortAddresses,
     /// Where `/metrics` is served; `None`: nowhere.
     pub metrics_addr: Option<Listen>,
-    /// Where `/healthz` and `/livez` are served; `None`: nowhere.
+    /// Whether `/metrics` has kube-proxy's own names too.
+    pub kube_proxy_metrics: bool,
+    /// Where `/healthz`, `/livez` and `/readyz` are served; `None`: nowhere.
     pub healthz_addr: Option<Listen>,
     /// For how long `keelway-cni` STATUS stays good without an agent.
     pub status_grace: Duration,

@@ -10,6 +10,7 @@
 //! Events are taken in batches, so that a burst about one object costs one change. A write that fails leaves the mirror
 //! behind: the engine then restores it from the maps, with a delay that doubles.
 
+pub mod adopt;
 mod convert;
 mod endpoints;
 mod fill;
@@ -28,8 +29,10 @@ use keelway_cni::{Lease, LeaseKey, PodRef};
 use keelway_layout::NodeConfig;
 use keelway_maps::Datapath;
 use keelway_policy::model::ObjectName;
+use keelway_proxy::HealthCheck;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::events::Complaint;
 use crate::http::{Health, Metrics};
 use crate::source::{Event, Kind, Node, Object, Status};
 use crate::sweep::Flows;
@@ -179,6 +182,8 @@ pub struct Engine {
     node_tx: watch::Sender<Option<Node>>,
     source: Status,
     flows: Flows,
+    health_checks: watch::Sender<Vec<HealthCheck>>,
+    complaints: watch::Sender<BTreeSet<Complaint>>,
     health: Health,
     metrics: Metrics,
 
@@ -212,6 +217,10 @@ pub struct Wiring {
     pub source: Status,
     /// What the sweep of flows counts.
     pub flows: Flows,
+    /// Receives what load balancers' health checks are to be told.
+    pub health_checks: watch::Sender<Vec<HealthCheck>>,
+    /// Receives what is wrong with Services.
+    pub complaints: watch::Sender<BTreeSet<Complaint>>,
     /// For `/healthz`.
     pub health: Health,
     /// For `/metrics`.
@@ -226,7 +235,8 @@ impl Engine {
     pub fn start(settings: Settings, datapath: Datapath, leases: Vec<Lease>, wiring: Wiring) -> anyhow::Result<Handle> {
         let (commands, inbox) = mpsc::channel(256);
         let (synced_tx, synced) = watch::channel(false);
-        let Wiring { events, devices, node, host_routes, source, flows, health, metrics } = wiring;
+        let Wiring { events, devices, node, host_routes, source, flows, health_checks, complaints, health, metrics } =
+            wiring;
         let policies = policies::Policies::open(&settings, &datapath.tables)?;
         let endpoints = endpoints::Endpoints::restore(leases, &datapath.tables)?;
         let engine = Self {
@@ -241,6 +251,8 @@ impl Engine {
             node_tx: node,
             source,
             flows,
+            health_checks,
+            complaints,
             health,
             metrics,
             kinds: BTreeSet::new(),
@@ -365,7 +377,25 @@ impl Engine {
         let result = if self.is_synced() { self.apply() } else { self.first_sync() };
         self.settle(result);
         self.health.set_problems(self.problems());
+        self.publish();
         self.answer_waiting();
+    }
+
+    /// Tells those around the engine what they serve and report.
+    fn publish(&self) {
+        if !self.is_synced() {
+            return;
+        }
+        fn tell<T: PartialEq>(to: &watch::Sender<T>, next: T) {
+            to.send_if_modified(|now| {
+                let changed = *now != next;
+                *now = next;
+                changed
+            });
+        }
+        tell(&self.health_checks, self.services.model.health_checks().cloned().collect());
+        tell(&self.complaints, self.services.complaints());
+        self.metrics.set_no_local(self.services.model.no_local());
     }
 
     fn settle(&mut self, result: Result<(), EngineError>) {
@@ -401,13 +431,22 @@ impl Engine {
             return Err(EngineError::NotSynced);
         };
         let kernel = |error: &dyn std::fmt::Display| EngineError::Kernel(error.to_string());
-        self.datapath.tables.set_node(&devices.config).map_err(|error| kernel(&error))?;
+        let adoption = self.adoption(&devices.config);
+        let config = adoption.as_ref().unwrap_or(&devices.config);
+        self.datapath.tables.set_node(config).map_err(|error| kernel(&error))?;
         self.sync_nodes(&devices)?;
         self.restore()?;
         self.apply()?;
+        if adoption.is_some() {
+            self.adopt()?;
+        }
         // The tables hold what they should: now the programs may look.
         let generation = self.datapath.switch().map_err(|error| kernel(&error))?;
         self.attach(&devices).map_err(|error| kernel(&error))?;
+        if adoption.is_some() {
+            self.adopt()?;
+            self.datapath.tables.set_node(&devices.config).map_err(|error| kernel(&error))?;
+        }
         tracing::info!(generation, "in sync; programs attached");
         self.synced_tx.send_replace(true);
         self.health.set_synced();
@@ -436,16 +475,16 @@ impl Engine {
 
     fn apply(&mut self) -> Result<(), EngineError> {
         self.health.sync_started();
-        let started = Instant::now();
+        let (started, full) = (Instant::now(), !self.is_synced());
         let programmed = self.services.apply(&mut self.datapath.tables)?;
         self.policies.apply(&mut self.datapath, &mut self.endpoints)?;
         self.health.sync_succeeded();
         let now = SystemTime::now();
         let unix = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        self.metrics.sync_done(started.elapsed().as_secs_f64(), unix);
-        for triggered in programmed {
+        self.metrics.sync_done(started.elapsed().as_secs_f64(), unix, full);
+        for (triggered, ipv6) in programmed {
             if let Ok(late) = now.duration_since(triggered) {
-                self.metrics.endpoint_programmed(late.as_secs_f64());
+                self.metrics.endpoint_programmed(late.as_secs_f64(), ipv6);
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! Services: the model, its mirror of the tables, and the writes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::SystemTime;
 
@@ -11,6 +11,7 @@ use keelway_proxy::TableFull;
 use keelway_proxy::model::{EndpointSlice, ObjectName};
 
 use super::{EngineError, convert};
+use crate::events::{Complaint, Note};
 
 /// Services that do not fit are named up to this number.
 const PROBLEMS: usize = 8;
@@ -57,8 +58,13 @@ pub struct Services {
     mirror: Option<proxy::Tables>,
     left_out: BTreeMap<ObjectName, LeftOut>,
     /// When the changes that wait to be written happened.
-    triggered: Vec<SystemTime>,
+    triggered: Vec<Triggered>,
+    /// Changes of before are nobody's delay.
+    started: SystemTime,
 }
+
+/// When an endpoint changed, and of which family it is where it has any address.
+pub type Triggered = (SystemTime, Option<bool>);
 
 impl Services {
     pub fn new(node_name: &str) -> Self {
@@ -69,6 +75,7 @@ impl Services {
             mirror: None,
             left_out: BTreeMap::new(),
             triggered: Vec::new(),
+            started: SystemTime::now(),
         }
     }
 
@@ -92,8 +99,10 @@ impl Services {
     }
 
     pub fn slice_changed(&mut self, slice: EndpointSlice, triggered: Option<SystemTime>) {
+        let first = slice.endpoints.iter().find_map(|endpoint| endpoint.addresses.first());
+        let triggered = triggered.filter(|at| *at > self.started);
+        self.triggered.extend(triggered.map(|at| (at, first.map(|address| address.to_canonical().is_ipv6()))));
         self.model.upsert_slice(slice);
-        self.triggered.extend(triggered);
     }
 
     pub fn slice_gone(&mut self, namespace: &str, name: &str) {
@@ -103,6 +112,11 @@ impl Services {
     /// Entries in use.
     pub fn usage(&self) -> Option<[(proxy::Table, usize, usize); 4]> {
         self.mirror.as_ref().map(proxy::Tables::usage)
+    }
+
+    /// The number of a backend that is programmed.
+    pub fn backend_id(&self, backend: &proxy::Backend) -> Option<u32> {
+        self.mirror.as_ref()?.number_of(backend)
     }
 
     /// How many Services do not fit.
@@ -134,6 +148,19 @@ impl Services {
         lists.concat()
     }
 
+    /// What is wrong with which Service, all of it, for Events.
+    pub fn complaints(&self) -> BTreeSet<Complaint> {
+        let left_out = self.left_out.iter().map(|(name, one)| (name.clone(), Note::LeftOut, one.reason.clone()));
+        let flaws = self.model.problems();
+        let flaws = flaws.map(|(name, problems)| (name.clone(), Note::Invalid, problems.join("; ")));
+        let conflicts = self.mirror.as_ref().map(proxy::Tables::conflicts).unwrap_or_default();
+        let lost = conflicts.iter().flat_map(|conflict| {
+            let words = format!("{} is {}'s", conflict.key, conflict.winner);
+            conflict.losers.iter().map(move |(loser, _)| (loser.clone(), Note::Conflict, words.clone()))
+        });
+        left_out.chain(flaws).chain(lost).filter(|(name, ..)| !name.is_this_node()).collect()
+    }
+
     /// Takes over what the maps hold and brings them to what is wanted.
     pub fn restore(&mut self, tables: &mut Tables) -> Result<(), EngineError> {
         let dump = dump(tables).map_err(kernel)?;
@@ -146,7 +173,7 @@ impl Services {
     }
 
     /// Writes what changed; answers when those changes happened.
-    pub fn apply(&mut self, tables: &mut Tables) -> Result<Vec<SystemTime>, EngineError> {
+    pub fn apply(&mut self, tables: &mut Tables) -> Result<Vec<Triggered>, EngineError> {
         let ops = self.plan()?;
         execute(tables, &ops).map_err(kernel)?;
         Ok(std::mem::take(&mut self.triggered))

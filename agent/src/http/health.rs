@@ -9,13 +9,15 @@ pub const PENDING_LIMIT: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 struct Inner {
     synced: bool,
+    /// An earlier run's tables were in force at the start.
+    served: bool,
     eligible: bool,
     /// When the oldest change that no sync has picked up yet was queued.
     pending: Option<Instant>,
     /// When the oldest change of the running sync was queued.
     in_flight: Option<Instant>,
     /// The last successful sync.
-    updated: Option<(Instant, SystemTime)>,
+    updated: Option<SystemTime>,
     problems: Vec<String>,
 }
 
@@ -27,6 +29,7 @@ impl Default for Health {
     fn default() -> Self {
         Self(Arc::new(Mutex::new(Inner {
             synced: false,
+            served: false,
             // As in kube-proxy: eligible until the Node object says otherwise.
             eligible: true,
             pending: None,
@@ -42,11 +45,13 @@ impl Default for Health {
 pub struct Report {
     /// The kernel has had the first full state of every kind.
     pub synced: bool,
+    /// Or it has had one before this start, which is still in force.
+    pub served: bool,
     /// The Node object allows traffic from load balancers.
     pub eligible: bool,
     /// Age of the oldest change that the kernel does not have yet.
     pub pending: Option<Duration>,
-    /// The last time that the kernel was known to be up to date: now, while nothing is pending.
+    /// When the kernel was last brought up to date.
     pub last_updated: Option<SystemTime>,
     /// When this was found.
     pub current: SystemTime,
@@ -63,6 +68,11 @@ impl Health {
     /// The first full state of every kind is in the kernel. Never taken back.
     pub fn set_synced(&self) {
         self.lock().synced = true;
+    }
+
+    /// The tables of an earlier run are in force: the node takes traffic before the first sync.
+    pub fn set_served(&self) {
+        self.lock().served = true;
     }
 
     /// What the Node object says of traffic from load balancers ([`crate::source::Node::eligible`]).
@@ -95,7 +105,7 @@ impl Health {
     pub fn sync_succeeded(&self) {
         let mut inner = self.lock();
         inner.in_flight = None;
-        inner.updated = Some((Instant::now(), SystemTime::now()));
+        inner.updated = Some(SystemTime::now());
     }
 
     /// The sync failed; its changes wait again, as old as they are.
@@ -113,15 +123,12 @@ impl Health {
         let inner = self.lock();
         let oldest = inner.pending.into_iter().chain(inner.in_flight).min();
         let pending = oldest.map(|oldest| now.saturating_duration_since(oldest));
-        let last_updated = match pending {
-            None => inner.updated.map(|_| current),
-            Some(_) => inner.updated.map(|(_, updated)| updated),
-        };
         Report {
             synced: inner.synced,
+            served: inner.served,
             eligible: inner.eligible,
             pending,
-            last_updated,
+            last_updated: inner.updated,
             current,
             problems: inner.problems.clone(),
         }
@@ -135,22 +142,37 @@ impl Report {
         self.pending.is_none_or(|age| age < PENDING_LIMIT)
     }
 
-    /// Whether load balancers may send to this node.
-    pub fn ready(&self) -> bool {
-        self.synced && self.eligible && self.live()
+    /// Whether load balancers may send to this node. A kube-proxy says so from its start on; here a node that never had any
+    /// Services in its kernel has to have them first.
+    pub fn takes_traffic(&self) -> bool {
+        (self.synced || self.served) && self.eligible && self.live()
     }
 
-    /// kube-proxy's body (`lastUpdated`, `currentTime`, `nodeEligible`) and what led to the verdict.
-    pub fn to_json(&self) -> String {
-        serde_json::json!({
-            "lastUpdated": rfc3339(self.last_updated.unwrap_or(SystemTime::UNIX_EPOCH)),
+    /// Whether this agent has done its first work.
+    pub fn ready(&self) -> bool {
+        self.synced && self.live()
+    }
+
+    /// kube-proxy's body (`ProxyHealth` in kubernetes/kubernetes, pkg/proxy/healthcheck/proxy_health.go), and what led to the
+    /// verdict. `verdict` is the answer's: with a good one `lastUpdated` is now. Only `/healthz` tells of the Node object.
+    pub fn to_json(&self, verdict: bool, node: bool) -> String {
+        let updated = rfc3339(self.last_updated.unwrap_or(SystemTime::UNIX_EPOCH));
+        let family = serde_json::json!({"lastUpdated": updated, "healthy": self.live()});
+        let mut body = serde_json::json!({
+            "lastUpdated": if verdict { rfc3339(self.current) } else { updated },
             "currentTime": rfc3339(self.current),
-            "nodeEligible": self.eligible,
+            "healthy": self.live(),
             "synced": self.synced,
             "pendingSeconds": self.pending.map(|age| age.as_secs()),
             "problems": self.problems,
-        })
-        .to_string()
+        });
+        if self.last_updated.is_some() {
+            body["status"] = serde_json::json!({"IPv4": family, "IPv6": family});
+        }
+        if node {
+            body["nodeEligible"] = self.eligible.into();
+        }
+        body.to_string()
     }
 }
 
@@ -166,8 +188,13 @@ mod tests {
 
     #[test]
     fn not_ready_before_the_first_sync_but_alive() {
-        let report = Health::default().report();
-        assert!(report.live() && !report.ready());
+        let health = Health::default();
+        let report = health.report();
+        assert!(report.live() && !report.takes_traffic() && !report.ready());
+        // A restart where an earlier run's tables serve: the node takes traffic, the agent is not ready.
+        health.set_served();
+        let report = health.report();
+        assert!(report.live() && report.takes_traffic() && !report.ready());
     }
 
     #[test]
@@ -177,15 +204,15 @@ mod tests {
         let start = Instant::now();
         health.change_queued_at(start);
         let at = |seconds| health.report_at(start + Duration::from_secs(seconds), SystemTime::now());
-        assert!(at(119).ready());
-        assert!(!at(120).ready() && !at(120).live());
+        assert!(at(119).takes_traffic());
+        assert!(!at(120).takes_traffic() && !at(120).live());
         health.sync_started();
         assert!(!at(120).live(), "a sync that hangs is no better");
         health.sync_failed();
         assert!(!at(120).live(), "nor one that failed");
         health.sync_started();
         health.sync_succeeded();
-        assert!(at(120).ready());
+        assert!(at(120).takes_traffic());
     }
 
     #[test]
@@ -206,7 +233,10 @@ mod tests {
         health.set_synced();
         health.set_eligible(false);
         let report = health.report();
-        assert!(report.live() && !report.ready());
-        assert!(report.to_json().contains(r#""nodeEligible":false"#), "{}", report.to_json());
+        assert!(report.live() && report.ready() && !report.takes_traffic());
+        let body: serde_json::Value = serde_json::from_str(&report.to_json(false, true)).unwrap();
+        assert_eq!((&body["nodeEligible"], &body["healthy"]), (&false.into(), &true.into()), "{body}");
+        let body: serde_json::Value = serde_json::from_str(&report.to_json(true, false)).unwrap();
+        assert_eq!((body.get("nodeEligible"), &body["lastUpdated"]), (None, &body["currentTime"]), "{body}");
     }
 }

@@ -11,6 +11,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
+use super::kube_proxy::KubeProxy;
 use crate::source::{Kind, Status};
 
 /// What [`Metrics::encode`] writes.
@@ -75,12 +76,25 @@ struct Inner {
     services_left_out: Gauge,
     policy_wait: Histogram,
     policy_unchecked: Counter,
+    adopted: Gauge,
+    kube_proxy: KubeProxy,
 }
 
 impl Metrics {
     /// All at zero. `version` and `layout` are those of `build_info`.
     pub fn new(version: &str, layout: u32) -> Self {
-        let mut registry = Registry::with_prefix("keelway");
+        Self::build(version, layout, Registry::default(), KubeProxy::default())
+    }
+
+    /// The same, and under kube-proxy's own names too, with its labels and buckets.
+    pub fn with_kube_proxy_names(version: &str, layout: u32) -> Self {
+        let (mut all, kube_proxy) = (Registry::default(), KubeProxy::default());
+        kube_proxy.register(&mut all);
+        Self::build(version, layout, all, kube_proxy)
+    }
+
+    fn build(version: &str, layout: u32, mut all: Registry, kube_proxy: KubeProxy) -> Self {
+        let registry = all.sub_registry_with_prefix("keelway");
         let labels = vec![("version".to_owned(), version.to_owned()), ("layout".to_owned(), layout.to_string())];
         registry.register("build", "What runs: always 1", Info::new(labels));
         // 1 ms to 16 s, as in kube-proxy.
@@ -157,7 +171,13 @@ impl Metrics {
                 "ADDs that went on with the policies that were known, since no API server answered",
                 Counter::default()
             ),
-            registry,
+            adopted: registered!(
+                "adopted_flows",
+                "Connections of a former kube-proxy that were left to the kernel's own tracking at the start",
+                Gauge::default()
+            ),
+            kube_proxy,
+            registry: all,
         };
         Self(Arc::new(inner))
     }
@@ -170,10 +190,13 @@ impl Metrics {
         text
     }
 
-    /// A sync succeeded after `seconds`, at `unix_seconds`.
-    pub fn sync_done(&self, seconds: f64, unix_seconds: f64) {
+    /// A sync succeeded after `seconds`, at `unix_seconds`; `full`: of everything, not of what changed.
+    pub fn sync_done(&self, seconds: f64, unix_seconds: f64, full: bool) {
         self.0.sync_duration.observe(seconds);
         self.0.sync_last.set(unix_seconds);
+        self.0.service_changes_pending.set(0);
+        self.0.endpoint_changes_pending.set(0);
+        self.0.kube_proxy.sync_done(seconds, unix_seconds, full);
     }
 
     /// A sync failed.
@@ -184,22 +207,31 @@ impl Metrics {
     /// A Service changed.
     pub fn service_changed(&self) {
         self.0.service_changes.inc();
+        self.0.service_changes_pending.inc();
+        self.0.kube_proxy.service_changed();
     }
 
     /// An EndpointSlice changed.
     pub fn endpoints_changed(&self) {
         self.0.endpoint_changes.inc();
+        self.0.endpoint_changes_pending.inc();
+        self.0.kube_proxy.endpoints_changed();
     }
 
-    /// So many changes of Services and EndpointSlices wait.
-    pub fn set_pending(&self, services: usize, endpoints: usize) {
-        self.0.service_changes_pending.set(services as i64);
-        self.0.endpoint_changes_pending.set(endpoints as i64);
-    }
-
-    /// A change of an endpoint reached the kernel `seconds` after it happened.
-    pub fn endpoint_programmed(&self, seconds: f64) {
+    /// A change of an endpoint reached the kernel `seconds` after it happened; `ipv6` is its family, where it has endpoints.
+    pub fn endpoint_programmed(&self, seconds: f64, ipv6: Option<bool>) {
         self.0.programming_duration.observe(seconds);
+        self.0.kube_proxy.endpoint_programmed(seconds, ipv6);
+    }
+
+    /// Ports of Services with a Local policy and no endpoint here, while others have some.
+    pub fn set_no_local(&self, counts: keelway_proxy::NoLocal) {
+        self.0.kube_proxy.set_no_local(counts);
+    }
+
+    /// So many flows were left to the kernel's own tracking.
+    pub fn set_adopted(&self, flows: usize) {
+        self.0.adopted.set(flows as i64);
     }
 
     /// So many Services do not fit.
@@ -254,10 +286,12 @@ impl Metrics {
 
     pub(super) fn count_healthz(&self, code: u16) {
         self.0.healthz.get_or_create(&CodeLabel { code }).inc();
+        self.0.kube_proxy.count_healthz(code);
     }
 
     pub(super) fn count_livez(&self, code: u16) {
         self.0.livez.get_or_create(&CodeLabel { code }).inc();
+        self.0.kube_proxy.count_livez(code);
     }
 }
 
@@ -269,7 +303,7 @@ mod tests {
     fn names_are_those_of_kube_proxy() {
         let metrics = Metrics::new("0.1.0", 7);
         metrics.service_changed();
-        metrics.set_pending(2, 3);
+        metrics.endpoints_changed();
         metrics.count_healthz(503);
         metrics.set_drops("policy", "pod-ingress", 5, 300);
         metrics.set_map("conntrack4", 10, 100);
@@ -279,8 +313,8 @@ mod tests {
         for line in [
             "keelway_build_info{version=\"0.1.0\",layout=\"7\"} 1",
             "keelway_sync_proxy_rules_service_changes_total 1",
-            "keelway_sync_proxy_rules_service_changes_pending 2",
-            "keelway_sync_proxy_rules_endpoint_changes_pending 3",
+            "keelway_sync_proxy_rules_service_changes_pending 1",
+            "keelway_sync_proxy_rules_endpoint_changes_pending 1",
             "keelway_sync_proxy_rules_duration_seconds_count 0",
             "keelway_network_programming_duration_seconds_count 0",
             "keelway_proxy_healthz_total{code=\"503\"} 1",
@@ -296,5 +330,6 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is missing from\n{text}");
         }
+        assert!(!text.contains("kubeproxy_"), "kube-proxy's own names are for those who ask for them");
     }
 }

@@ -1,8 +1,9 @@
-//! What the agent serves over HTTP: `/healthz` and `/livez` for kubelets and load balancers, `/metrics` for Prometheus.
+//! What the agent serves over HTTP: `/healthz`, `/livez` and `/readyz` for load balancers and kubelets, `/metrics` for Prometheus.
 //!
 //! Pods can reach these ports, so connections are few, short and carry one request each.
 
 pub mod health;
+mod kube_proxy;
 pub mod metrics;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -56,9 +57,11 @@ pub async fn bind(field: &'static str, listen: Listen) -> Result<TcpListener, Se
 /// Brings gauges that are read, not counted, up to date before a scrape. Runs where it may block.
 pub type Refresh = Arc<dyn Fn(&Metrics) + Send + Sync>;
 
-/// `/healthz` and `/livez`.
+/// `/healthz` and `/livez`, which mean what kube-proxy's do, and `/readyz`: this agent's first sync is done.
 pub fn health_routes(health: Health, metrics: Metrics) -> Router {
-    Router::new().route("/healthz", get(healthz)).route("/livez", get(livez)).with_state((health, metrics))
+    let routes =
+        Router::new().route("/healthz", get(healthz)).route("/livez", get(livez)).route("/readyz", get(readyz));
+    routes.with_state((health, metrics))
 }
 
 /// `/metrics`.
@@ -95,25 +98,31 @@ pub async fn serve(listener: TcpListener, routes: Router) {
 
 async fn healthz(State((health, metrics)): State<(Health, Metrics)>) -> Response {
     let report = health.report();
-    let ok = report.ready();
+    let ok = report.takes_traffic();
     metrics.count_healthz(status(ok).as_u16());
-    answer(ok, &report)
+    answer(ok, report.to_json(ok, true))
 }
 
 async fn livez(State((health, metrics)): State<(Health, Metrics)>) -> Response {
     let report = health.report();
     let ok = report.live();
     metrics.count_livez(status(ok).as_u16());
-    answer(ok, &report)
+    answer(ok, report.to_json(ok, false))
+}
+
+async fn readyz(State((health, _)): State<(Health, Metrics)>) -> Response {
+    let report = health.report();
+    let ok = report.ready();
+    answer(ok, report.to_json(ok, false))
 }
 
 fn status(ok: bool) -> StatusCode {
     if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
 }
 
-fn answer(ok: bool, report: &Report) -> Response {
+fn answer(ok: bool, body: String) -> Response {
     let headers = [(header::CONTENT_TYPE, "application/json"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
-    (status(ok), headers, report.to_json()).into_response()
+    (status(ok), headers, body).into_response()
 }
 
 async fn scrape(State((metrics, refresh)): State<(Metrics, Refresh)>) -> Response {

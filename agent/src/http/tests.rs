@@ -22,7 +22,9 @@ async fn serves_health_and_counts_what_it_said() {
     let before = get(address, "/healthz").await;
     assert!(before.starts_with("HTTP/1.1 503") && before.contains("lastUpdated"), "{before}");
     assert!(get(address, "/livez").await.starts_with("HTTP/1.1 200"));
+    assert!(get(address, "/readyz").await.starts_with("HTTP/1.1 503"));
     health.set_synced();
+    assert!(get(address, "/readyz").await.starts_with("HTTP/1.1 200"));
     let after = get(address, "/healthz").await;
     assert!(after.starts_with("HTTP/1.1 200") && after.contains("application/json"), "{after}");
     assert!(get(address, "/other").await.starts_with("HTTP/1.1 404"));

@@ -82,6 +82,8 @@ pub mod ct_flags {
     pub const RESET: u32 = 8;
     /// `nat_addr` and `nat_port` hold the frontend that the opener dialled.
     pub const TRANSLATED: u32 = 16;
+    /// SERVICE: a flow of before our time, which the kernel's own connection tracking translates. Packets are left to it.
+    pub const STACK: u32 = 32;
 }
 
 /// What is remembered of a flow. An entry past `expires` is as good as absent.

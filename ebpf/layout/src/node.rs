@@ -10,6 +10,8 @@ pub mod node_flags {
     pub const MASQUERADE_V4: u32 = 2;
     /// The same for IPv6.
     pub const MASQUERADE_V6: u32 = 4;
+    /// The flows of a former kube-proxy are being taken over: TCP to a Service that is under way and unknown is the stack's.
+    pub const ADOPTING: u32 = 8;
 }
 
 /// What the programs need to know of their node; one entry, written by the agent.

@@ -2,17 +2,19 @@
 
 use keelway_layout::{
     Addr, Affinity, AffinityKey, Backend, CtKey, From, Frontend, FrontendKey, MEMBER_BIT, Port, Reason, SlotKey,
-    SourceRangeKey, backend_flags, frontend_flags, scope,
+    SourceRangeKey, backend_flags, ct_flags, frontend_flags, node_flags, scope,
 };
 
 use crate::ct::{self, Flow, Way, lifetime};
 use crate::kernel::{lpm_get, random};
-use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, SLOTS, SOURCE_RANGES};
+use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, NODE, SLOTS, SOURCE_RANGES};
 use crate::parse::{ACK, Packet, SCTP, SYN, TCP, UDP};
 
 const SECOND: u64 = 1_000_000_000;
 /// A service entry must not die before the flow that it leads to: it lives as the longest of them.
 const LEASE: u64 = 8_000 * SECOND;
+/// For how long the stack knows a datagram flow at the least (`nf_conntrack_udp_timeout`).
+const STACK_UDP: u64 = 30 * SECOND;
 
 /// Who dials.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -196,8 +198,15 @@ pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcom
     if let Some(flow) = ct::find_of(tuple, scope::SERVICE, Way::Forward, asked.incarnation, now)
         && goes_on(packet, flow, &mut asked.backend)
     {
+        if flow.entry().flags & ct_flags::STACK != 0 {
+            flow.keep(now + if tuple.proto == UDP { STACK_UDP } else { LEASE });
+            return Ok(Outcome::Other);
+        }
         flow.keep(now + lease(tuple.proto));
         return Ok(Outcome::Translated);
+    }
+    if asked.incarnation == 0 && under_way(packet) && adopting() {
+        return Ok(Outcome::Other);
     }
     let Dial::Service(frontend) = dialled else { return Ok(Outcome::Refused) };
     if !serves(frontend, &tuple.src) {
@@ -212,13 +221,28 @@ pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcom
 #[inline(always)]
 fn lease(proto: u8) -> u64 {
     // A datagram flow that is quiet for as long is a new one, for every table.
-    if proto == UDP { lifetime(UDP, keelway_layout::ct_flags::REPLIED) } else { LEASE }
+    if proto == UDP { lifetime(UDP, ct_flags::REPLIED) } else { LEASE }
+}
+
+/// Whether a packet is of a TCP connection that it does not open.
+#[inline(always)]
+fn under_way(packet: &Packet) -> bool {
+    packet.tuple.proto == TCP && packet.tcp_flags & (SYN | ACK) != SYN
+}
+
+#[inline(always)]
+fn adopting() -> bool {
+    NODE.get(0).is_some_and(|node| node.flags & node_flags::ADOPTING != 0)
 }
 
 /// Whether a known flow stays with the backend that it has.
 #[inline(always)]
 fn goes_on(packet: &Packet, flow: Flow, into: &mut (Addr, Port)) -> bool {
     let entry = flow.entry();
+    if entry.flags & ct_flags::STACK != 0 && packet.tuple.proto != UDP {
+        // Whoever it was given to, its tracking knows; it begins nothing new.
+        return packet.tuple.proto != TCP || under_way(packet);
+    }
     // SAFETY: read at once.
     let Some(backend) = (unsafe { BACKENDS.get(entry.backend) }) else { return false };
     if backend.addr != entry.nat_addr || backend.port != entry.nat_port {

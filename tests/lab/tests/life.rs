@@ -45,6 +45,8 @@ fn traces(s: &Standalone, number: usize) -> Vec<String> {
     }
     let pins = node.path("/sys/fs/bpf/keelway").unwrap();
     found.extend(pins.exists().then(|| "pins".to_owned()));
+    let tables = node.run(&["nft", "list", "tables"]).unwrap();
+    found.extend(tables.lines().filter(|table| table.contains("keelway")).map(ToOwned::to_owned));
     found
 }
 
@@ -114,7 +116,11 @@ fn cleanup_leaves_nothing_of_ours_on_the_node() {
     assert!(!refused.status.success(), "cleanup went ahead beside a running agent");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("another keelway-agent runs"), "{refused:?}");
     s.stop_agent(1, Signal::SIGTERM).unwrap();
-    assert!(!traces(&s, 1).is_empty());
+    // What keeps a former kube-proxy's connections going is ours too.
+    let holding = "for family in ip ip6; do nft add table $family keelway-adopted; \
+        nft add chain $family keelway-adopted prerouting '{ type nat hook prerouting priority -100; }'; done";
+    s.node(1).run(&["sh", "-c", holding]).unwrap();
+    assert!(traces(&s, 1).iter().any(|trace| trace.contains("keelway-adopted")));
     s.node(1).run(&clean).unwrap();
     assert_eq!(traces(&s, 1), Vec::<String>::new());
     // Once more is no error.

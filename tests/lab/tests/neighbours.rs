@@ -240,7 +240,10 @@ fn a_running_kube_proxy_is_named_and_refused_at_its_port() {
     };
     wait_for("kube-proxy to be named", LOOK, || {
         let found = problems()?;
-        ensure!(found.contains("kube-proxy") && found.contains("nftables") && found.contains("--cleanup"), "{found}");
+        ensure!(
+            found.contains("kube-proxy") && found.contains("nftables") && found.contains("cleanup --kube-proxy"),
+            "{found}"
+        );
         Ok(())
     })
     .unwrap();

@@ -97,6 +97,11 @@ impl Kubernetes {
     pub fn policy_lister(&self) -> PolicyLister {
         PolicyLister(self.dialer.clone())
     }
+
+    /// For other requests, dialling as the watches do.
+    pub fn client(&self) -> ::kube::Client {
+        self.dialer.client()
+    }
 }
 
 impl Source for Kubernetes {
