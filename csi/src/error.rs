@@ -56,6 +56,14 @@ pub enum Error {
         /// The id as it came, cut to a printable length.
         id: String,
     },
+    /// What a volume is to be made from is not on this node, and may be on another.
+    #[error("volume_content_source: no {what} {id} on this node; what is made from it has to be on the same node")]
+    SourceElsewhere {
+        /// Volume or snapshot.
+        what: &'static str,
+        /// Its id.
+        id: String,
+    },
     /// No group of snapshots has this id.
     #[error("group_snapshot_id: no group {id:?} here")]
     NoSuchGroup {
@@ -217,7 +225,8 @@ impl Error {
             Self::Busy { .. } | Self::BadToken { .. } => Code::Aborted,
             Self::InUse { .. } | Self::State { .. } | Self::Unsupported { .. } => Code::FailedPrecondition,
             Self::Hung { .. } => Code::Unavailable,
-            Self::NoSpace { .. } | Self::WrongTopology { .. } => Code::ResourceExhausted,
+            // The provisioner then gives the claim back to the scheduler.
+            Self::NoSpace { .. } | Self::WrongTopology { .. } | Self::SourceElsewhere { .. } => Code::ResourceExhausted,
             Self::Damaged { .. } => Code::DataLoss,
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Code::ResourceExhausted,
             Self::Mkfs { .. } | Self::Corrupt { .. } | Self::Io { .. } => Code::Internal,

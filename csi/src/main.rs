@@ -62,6 +62,10 @@ struct Flags {
     /// The most volumes that pods of this node may use; 0 for no limit
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i64).range(0..=100_000))]
     max_volumes: i64,
+    /// Leave expansion to the node service, and do not offer changes of parameters: where one csi-resizer asks one node's
+    /// driver for the volumes of all nodes
+    #[arg(long)]
+    expand_on_node: bool,
     /// Do not register with the kubelet (for use without one)
     #[arg(long)]
     no_registration: bool,
@@ -139,6 +143,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         kubelet_dir: flags.kubelet_dir.as_path().into(),
         long_slots: Arc::new(Semaphore::new(flags.format_slots as usize)),
         max_volumes: flags.max_volumes,
+        expand_on_node: flags.expand_on_node,
     };
     let features = shared.volumes.features();
     let (stop, stopping) = watch::channel(false);

@@ -9,6 +9,7 @@ mod snapshot;
 pub use id::{GroupId, Nonce, SnapshotId, VolumeId};
 pub(crate) use id::{hex, printable};
 pub use mount_options::MountOptions;
+pub(crate) use parameters::claim;
 pub use parameters::{Allocation, BackendKind, Mutable, Parameters, Shape};
 pub use record::{Content, FsType, Record, Source, State};
 pub use snapshot::{Group, Snapshot, Taken};

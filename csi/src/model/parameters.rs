@@ -102,8 +102,14 @@ pub struct Parameters {
 const KEYS: [&str; 4] = ["allocation", "backend", "bytesPerInode", "capacity"];
 
 /// Keys that external-provisioner adds with `--extra-create-metadata`; they change nothing here.
-const METADATA: [&str; 3] =
-    ["csi.storage.k8s.io/pv/name", "csi.storage.k8s.io/pvc/name", "csi.storage.k8s.io/pvc/namespace"];
+const METADATA: [&str; 3] = ["csi.storage.k8s.io/pv/name", CLAIM, CLAIM_NAMESPACE];
+const CLAIM: &str = "csi.storage.k8s.io/pvc/name";
+const CLAIM_NAMESPACE: &str = "csi.storage.k8s.io/pvc/namespace";
+
+/// The claim that a volume is for, as `namespace/name`, where external-provisioner says so.
+pub fn claim(map: &std::collections::HashMap<String, String>) -> Option<String> {
+    Some(format!("{}/{}", printable(map.get(CLAIM_NAMESPACE)?), printable(map.get(CLAIM)?)))
+}
 
 impl Parameters {
     /// Reads a StorageClass's parameters for a volume of this shape, and says what it will be.

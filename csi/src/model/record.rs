@@ -156,6 +156,9 @@ pub struct Record {
     /// Made for one pod, inline: it goes when it is unpublished.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ephemeral: bool,
+    /// The claim that it was made for, as `namespace/name`; for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<String>,
 }
 
 impl Record {
@@ -187,6 +190,7 @@ impl Record {
             filled: None,
             mutable: Mutable::default(),
             ephemeral: false,
+            claim: None,
         }
     }
 

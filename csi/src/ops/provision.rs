@@ -48,8 +48,8 @@ impl Volumes {
     /// Makes a volume, or finds the one of that name.
     ///
     /// # Errors
-    /// [`Error::Exists`], [`Error::NoSpace`], [`Error::NoSuchSnapshot`], [`Error::NoSuchVolume`], [`Error::Damaged`],
-    /// [`Error::Io`].
+    /// [`Error::Exists`], [`Error::NoSpace`], [`Error::NoSuchSnapshot`], [`Error::NoSuchVolume`],
+    /// [`Error::SourceElsewhere`], [`Error::Damaged`], [`Error::Io`].
     pub fn create(&self, request: Create) -> Result<Record> {
         if let Some(record) = self.records.named(&request.name) {
             // It must not be removed between this answer and its making.
@@ -82,10 +82,10 @@ impl Volumes {
             let inode = backend.create(new, held.origin(), &|| held.go_on())?;
             let (_, formatted, filled) = held.content();
             held.release()?;
-            let Create { name, content, parameters, source, mutable, ephemeral, .. } = request;
+            let Create { name, content, parameters, source, mutable, ephemeral, claim, .. } = request;
             let seq = self.records.next_seq();
             let mut record = Record::blank(seq, id.clone(), name, size, content, parameters, inode, nonce.clone());
-            (record.mutable, record.ephemeral) = (mutable, ephemeral);
+            (record.mutable, record.ephemeral, record.claim) = (mutable, ephemeral, claim);
             let record = match source {
                 Some(source) => record.from_source(source, formatted, filled),
                 None => record,
@@ -102,10 +102,21 @@ impl Volumes {
     }
 
     fn source_size(&self, request: &Create) -> Result<u64> {
+        // An id that we issue, on another node perhaps.
+        let missing = |what, id: String, error| match request.placed {
+            true => Error::SourceElsewhere { what, id },
+            false => error,
+        };
         match &request.source {
             None => Ok(0),
-            Some(Source::Snapshot(id)) => self.snapshots.get(id).map(|snapshot| snapshot.size),
-            Some(Source::Volume(id)) => self.records.get(id).map(|record| record.size),
+            Some(Source::Snapshot(id)) => match self.snapshots.get(id) {
+                Ok(snapshot) => Ok(snapshot.size),
+                Err(error) => Err(missing("snapshot", id.to_string(), error)),
+            },
+            Some(Source::Volume(id)) => match self.records.get(id) {
+                Ok(record) => Ok(record.size),
+                Err(error) => Err(missing("volume", id.to_string(), error)),
+            },
         }
     }
 

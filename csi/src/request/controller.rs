@@ -30,6 +30,10 @@ pub struct Create {
     pub source: Option<Source>,
     /// Whether it is one pod's only.
     pub ephemeral: bool,
+    /// The claim that it is for, where the caller says so.
+    pub claim: Option<String>,
+    /// Whether the caller says where it is to be, and so can try elsewhere.
+    pub placed: bool,
 }
 
 impl Create {
@@ -48,7 +52,9 @@ impl Create {
         if let Some(wanted) = &request.accessibility_requirements {
             reachable(wanted, node)?;
         }
-        let create = Self { name, least, most, content, parameters, mutable, source, ephemeral: false };
+        let placed = request.accessibility_requirements.is_some();
+        let claim = crate::model::claim(&request.parameters);
+        let create = Self { name, least, most, content, parameters, mutable, source, ephemeral: false, claim, placed };
         create.size(0)?;
         Ok(create)
     }

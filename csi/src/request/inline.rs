@@ -62,7 +62,18 @@ impl Inline {
             return Err(invalid("volume_capability", "block", "a mount; inline volumes are no block devices".into()));
         }
         let mutable = Mutable::default();
-        let create = Create { name, least, most: None, content, parameters, mutable, source: None, ephemeral: true };
+        let create = Create {
+            name,
+            least,
+            most: None,
+            content,
+            parameters,
+            mutable,
+            source: None,
+            ephemeral: true,
+            claim: None,
+            placed: false,
+        };
         create.size(0)?;
         let read_only = request.readonly || usage.read_only();
         Ok(Self { create, target, usage, read_only })

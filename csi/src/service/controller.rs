@@ -184,10 +184,11 @@ impl Controller for ControllerService {
         if features.snapshots {
             types.extend([CreateDeleteSnapshot, ListSnapshots, GetSnapshot, CloneVolume]);
         }
-        if features.expand {
+        // Someone who asks one node's driver for volumes of all nodes must not be led to believe that it could.
+        if features.expand && !self.0.expand_on_node {
             types.push(ExpandVolume);
         }
-        if features.modify {
+        if features.modify && !self.0.expand_on_node {
             types.push(ModifyVolume);
         }
         let capability =

@@ -37,6 +37,9 @@ pub struct Shared {
     pub long_slots: Arc<Semaphore>,
     /// The most volumes that the scheduler is to bring to this node; 0 for no limit.
     pub max_volumes: i64,
+    /// Whether callers of the controller service are told that only nodes expand and modify: one of them speaks for all
+    /// nodes.
+    pub expand_on_node: bool,
 }
 
 impl Shared {
