@@ -51,6 +51,7 @@ impl Pki {
         let extensions = self.file(&format!("{name}.ext"));
         fs::write(&extensions, format!("subjectAltName={alternative}\nextendedKeyUsage=serverAuth,clientAuth\n"))?;
         let (ca, ca_key) = (self.certificate("ca"), self.key("ca"));
+        // Without a file of serial numbers each is drawn at random: nodes get theirs at the same time.
         run(&[
             "openssl",
             "x509",
@@ -61,7 +62,6 @@ impl Pki {
             &ca,
             "-CAkey",
             &ca_key,
-            "-CAcreateserial",
             "-days",
             "3650",
             "-extfile",
