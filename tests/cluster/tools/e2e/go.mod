@@ -2,7 +2,10 @@ module keelway.dev/lab/e2e
 
 go 1.26.0
 
-tool k8s.io/kubernetes/test/images/agnhost
+tool (
+	k8s.io/kubernetes/test/images/agnhost
+	k8s.io/kubernetes/test/images/regression-issue-74839
+)
 
 require k8s.io/kubernetes v1.36.3
 

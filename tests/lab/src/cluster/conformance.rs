@@ -1,37 +1,19 @@
-//! Upstream's end-to-end suite: which specs there are is fixed by a dry run, and each of them has to pass.
+//! Upstream's network specs: which there are is fixed by a dry run, and each of them has to pass.
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 
+pub use super::suite::Fate;
+use super::suite::{self, Outcome};
 use super::{Cluster, programs};
-use crate::sh;
 
 /// The specs that every cluster's network has to pass.
 pub const NETWORK: &str = r"\[sig-network\].*\[Conformance\]";
 
 /// Which of the other network specs are run, cannot be, or belong to another part.
 const SPECS: &str = include_str!("../../../cluster/network-specs.txt");
-
-/// How a spec of the set came out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// In Ginkgo's word: `passed`, `failed`, `timedout`, ...
-    Ended(String),
-    /// It was not run, which counts as short: why.
-    Skipped(String),
-}
-
-impl Fate {
-    pub(super) fn passed(&self) -> bool {
-        matches!(self, Self::Ended(state) if state == "passed")
-    }
-}
-
-/// How each spec of the set came out.
-pub type Outcome = BTreeMap<String, Fate>;
 
 /// The Services, DNS and proxy specs beside the [Conformance] ones, as `tests/cluster/network-specs.txt` sorts them.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -76,103 +58,22 @@ impl Sorted {
 
 /// Runs the specs that match and returns what became of each. Progress goes to this program's output.
 pub fn run(cluster: &Cluster, focus: &str) -> Result<Outcome> {
-    let wanted = dry(cluster, focus, &[])?;
+    let wanted = suite::dry(cluster, focus, &[])?;
     println!("{} specs match {focus}", wanted.len());
-    finish(cluster, focus, wanted)
+    suite::run(cluster, wanted, &[])
 }
 
 /// Runs the Services, DNS and proxy specs: the [Conformance] ones and those that `network-specs.txt` has under "run".
 pub fn run_services(cluster: &Cluster) -> Result<Outcome> {
     let sorted = Sorted::read(SPECS)?;
-    let all = dry(cluster, r"\[sig-network\]", &[])?;
+    let all = suite::dry(cluster, r"\[sig-network\]", &[])?;
     sorted.check(&all)?;
     let conformance = all.into_iter().filter(|spec| spec.contains("[Conformance]"));
     let wanted: BTreeSet<String> = conformance.chain(sorted.run).collect();
     println!("{} specs to run, {} cannot be", wanted.len(), sorted.cannot.len());
-    let focus = wanted.iter().map(|spec| format!("{}$", quoted(spec))).collect::<Vec<_>>().join("|");
-    let mut outcome = finish(cluster, &focus, wanted)?;
+    let mut outcome = suite::run(cluster, wanted, &[])?;
     outcome.extend(sorted.cannot.into_iter().map(|(spec, reason)| (spec, Fate::Skipped(reason))));
     Ok(outcome)
-}
-
-/// As a regular expression that matches this text only.
-pub(super) fn quoted(text: &str) -> String {
-    let special = |c: char| r"\.+*?()|[]{}^$".contains(c);
-    text.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect()
-}
-
-/// The specs that match, as the suite itself would run them.
-pub(super) fn dry(cluster: &Cluster, focus: &str, flags: &[String]) -> Result<BTreeSet<String>> {
-    if let Some(reason) = programs::missing(programs::SUITE) {
-        bail!(reason);
-    }
-    let dir = cluster.lab.dir.join("suite");
-    fs::create_dir_all(&dir)?;
-    let report = dir.join("dry.json");
-    let flags = [flags, &["--ginkgo.dry-run".to_owned()]].concat();
-    let mut command = cluster.control_plane.command(&suite(cluster, focus, &report, &flags))?;
-    sh::checked(&mut command)?;
-    let matching = specs(&report)?.into_iter().filter(|spec| spec.state != "skipped");
-    Ok(matching.map(|spec| spec.name).collect())
-}
-
-fn finish(cluster: &Cluster, focus: &str, wanted: BTreeSet<String>) -> Result<Outcome> {
-    let report = cluster.lab.dir.join("suite/run.json");
-    let ended = cluster.control_plane.command(&suite(cluster, focus, &report, &[]))?.status()?;
-    fates(&report, wanted).with_context(|| format!("the suite ended with {ended}"))
-}
-
-/// What became of each of these specs. A failed one makes the suite's exit status 1: what counts is its report.
-pub(super) fn fates(report: &Path, wanted: BTreeSet<String>) -> Result<Outcome> {
-    let mut found: BTreeMap<String, Spec> = specs(report)?.into_iter().map(|spec| (spec.name.clone(), spec)).collect();
-    let mut fate = |name: &str| match found.remove(name) {
-        Some(spec) if spec.state != "skipped" => Fate::Ended(spec.state),
-        Some(spec) if !spec.words.is_empty() => Fate::Skipped(spec.words),
-        _ => Fate::Skipped("the suite did not come to it".to_owned()),
-    };
-    Ok(wanted.into_iter().map(|name| (name.clone(), fate(&name))).collect())
-}
-
-/// The suite's command line.
-pub(super) fn suite(cluster: &Cluster, focus: &str, report: &Path, flags: &[String]) -> Vec<String> {
-    let mut argv = vec![
-        cluster.bin.join("e2e.test").to_string_lossy().into_owned(),
-        format!("--kubeconfig={}", cluster.kubeconfig().display()),
-        "--provider=skeleton".to_owned(),
-        "--allowed-not-ready-nodes=0".to_owned(),
-        "--ginkgo.no-color".to_owned(),
-        format!("--ginkgo.focus={focus}"),
-        format!("--ginkgo.json-report={}", report.display()),
-    ];
-    argv.extend_from_slice(flags);
-    argv
-}
-
-/// One spec of a Ginkgo report.
-struct Spec {
-    name: String,
-    state: String,
-    /// Why it failed or left itself out.
-    words: String,
-}
-
-fn specs(report: &Path) -> Result<Vec<Spec>> {
-    let text = fs::read(report).with_context(|| format!("the suite wrote no {}", report.display()))?;
-    let suites: Value = serde_json::from_slice(&text)?;
-    let all =
-        suites.as_array().into_iter().flatten().flat_map(|suite| suite["SpecReports"].as_array().into_iter().flatten());
-    let read =
-        |spec| Spec { name: name(spec), state: text_of(&spec["State"]), words: text_of(&spec["Failure"]["Message"]) };
-    Ok(all.filter(|spec| spec["LeafNodeType"] == "It").map(read).collect())
-}
-
-fn name(spec: &Value) -> String {
-    let parts = spec["ContainerHierarchyTexts"].as_array().into_iter().flatten().map(text_of);
-    parts.chain([text_of(&spec["LeafNodeText"])]).collect::<Vec<_>>().join(" ")
-}
-
-fn text_of(value: &Value) -> String {
-    value.as_str().unwrap_or_default().to_owned()
 }
 
 /// Prints a table and writes `target/report/<name>.json`; whether every spec passed.
@@ -225,7 +126,7 @@ fn group(spec: &str) -> &str {
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::{SPECS, Sorted, group, name, quoted};
+    use super::{SPECS, Sorted, group};
 
     #[test]
     fn the_list_sorts_every_spec_once() {
@@ -242,14 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_matched_as_it_stands() {
-        assert_eq!(quoted("[a] (b) 1.0|c"), r"\[a\] \(b\) 1\.0\|c");
-    }
-
-    #[test]
-    fn reads_names_of_a_report() {
-        let spec = serde_json::json!({"ContainerHierarchyTexts": ["[sig-network] Services"], "LeafNodeText": "should work [Conformance]"});
-        assert_eq!(name(&spec), "[sig-network] Services should work [Conformance]");
-        assert_eq!(group(&name(&spec)), "Services");
+    fn a_spec_belongs_to_a_group() {
+        assert_eq!(group("[sig-network] Services should work [Conformance]"), "Services");
     }
 }

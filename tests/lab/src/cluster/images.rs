@@ -20,6 +20,8 @@ const SIDECARS: [(&str, &str); 4] = [
 const BUSYBOX: &str = "registry.k8s.io/e2e-test-images/busybox:1.37.0-1";
 const DNS_TESTING: &str = "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.0.0";
 const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.63.0";
+/// A server that sends its clients segments from outside of their windows.
+const STRAY: &str = "regression-issue-74839";
 
 /// Writes an archive for each image whose programs are there: those of [`basic_images`], CoreDNS, the CSI sidecars
 /// and, with the suite's agnhost built, what the suite asks for.
@@ -62,6 +64,10 @@ pub fn write(bin: &Path, dir: &Path) -> Result<Vec<PathBuf>> {
             .text("/localhost.crt", &fs::read_to_string(&certificate)?);
         add("agnhost", image)?;
     }
+    if bin.join(STRAY).exists() {
+        let (name, program) = (format!("registry.k8s.io/e2e-test-images/{STRAY}:1.4"), format!("/{STRAY}"));
+        add(STRAY, Image::new(&name, &[&program]).file(&bin.join(STRAY), &program)?)?;
+    }
     for (name, tag) in SIDECARS.into_iter().filter(|(name, _)| bin.join(name).exists()) {
         let (reference, target) = (format!("registry.k8s.io/sig-storage/{name}:{tag}"), format!("/{name}"));
         add(name, Image::new(&reference, &[&target]).file(&bin.join(name), &target)?)?;
@@ -71,12 +77,14 @@ pub fn write(bin: &Path, dir: &Path) -> Result<Vec<PathBuf>> {
 
 /// What the suite's scripts run in its images.
 fn tools(image: Image) -> Result<Image> {
-    // busybox's own shell would run its own nc whatever stands in /bin.
+    // busybox's own shell would run its own nc whatever stands in /bin; a static wget of glibc's falls over itself.
     let image = image
-        .busybox(&["sh", "ash", "nc"])?
+        .busybox(&["sh", "ash", "nc", "wget"])?
         .file(&sh::system("dash")?, "/bin/sh")?
         .file(&sh::system("nc.openbsd")?, "/bin/nc")?;
-    ["curl", "dig", "socat", "getent"]
+    // As busybox's, it is to give up at once.
+    let image = image.text("/etc/wgetrc", "tries = 1\n");
+    ["curl", "dig", "socat", "getent", "wget"]
         .iter()
         .try_fold(image, |image, name| image.file(&sh::system(name)?, &format!("/usr/bin/{name}")))
 }

@@ -62,6 +62,8 @@ pub fn start(node: &Node, bin: &Path, pki: &Pki, server: &str, images: &[PathBuf
     let mut kubelet = Arguments::new(bin.join("kubelet").to_string_lossy().into_owned());
     kubelet.add("config", &file.to_string_lossy()).add("kubeconfig", &kubeconfig.to_string_lossy());
     kubelet.add("hostname-override", name).add("node-ip", &format!("{},{}", node.v4, node.v6));
+    // Three zones, in turns.
+    kubelet.add("node-labels", &format!("topology.kubernetes.io/zone=zone{}", (node.number - 1) % 3 + 1));
     node.spawn("kubelet", &kubelet.0)?.keep();
     Ok(())
 }

@@ -8,6 +8,7 @@ pub mod kubelet;
 mod pki;
 pub mod programs;
 pub mod storage;
+pub mod suite;
 
 use std::fs;
 use std::io::Write;

@@ -1,12 +1,11 @@
 //! Upstream's External.Storage specs, which a file of ours tells about the driver.
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 
 use super::Cluster;
-use super::conformance::{Fate, Outcome, dry, fates, quoted, suite};
 use super::programs::root;
+use super::suite::{self, Fate, Outcome};
 
 /// All of them.
 pub const FOCUS: &str = r"External.Storage";
@@ -14,60 +13,15 @@ pub const FOCUS: &str = r"External.Storage";
 /// Why the suite may leave a spec out, and why that is right.
 const CANNOT: &str = include_str!("../../../csi/external-storage-cannot.txt");
 
-/// Suites at a time: most of a spec's time is waiting for a pod.
-const WORKERS: usize = 4;
-
-/// Runs the specs that match [`FOCUS`] and this, and returns what became of each. Each suite's words go to a log.
+/// Runs the specs that match [`FOCUS`] and this, and returns what became of each.
 pub fn run(cluster: &Cluster, focus: &str) -> Result<Outcome> {
     let driver = root().join("tests/csi/external-storage.yaml");
     let flags = [format!("--storage.testdriver={}", driver.display())];
-    let all = dry(cluster, FOCUS, &flags)?;
+    let all = suite::dry(cluster, FOCUS, &flags)?;
     ensure!(!all.is_empty(), "the suite knows no spec of {}", driver.display());
-    let matching = if focus == FOCUS { all } else { &all & &dry(cluster, focus, &flags)? };
-    let (alone, together) = split(matching);
-    println!(
-        "{} specs, {} of them one at a time",
-        alone.len() + together.iter().map(BTreeSet::len).sum::<usize>(),
-        alone.len()
-    );
-    let mut outcome = Outcome::new();
-    let one = |name: String, wanted: BTreeSet<String>| -> Result<Outcome> {
-        if wanted.is_empty() {
-            return Ok(Outcome::new());
-        }
-        let dir = cluster.lab.dir.join("suite");
-        let (report, log) = (dir.join(format!("{name}.json")), dir.join(format!("{name}.log")));
-        let focus = wanted.iter().map(|spec| format!("{}$", quoted(spec))).collect::<Vec<_>>().join("|");
-        let out = File::create(&log).with_context(|| log.display().to_string())?;
-        let mut command = cluster.control_plane.command(&suite(cluster, &focus, &report, &flags))?;
-        println!("{} specs: {}", wanted.len(), log.display());
-        let ended = command.stdout(out.try_clone()?).stderr(out).status()?;
-        fates(&report, wanted).with_context(|| format!("the suite ended with {ended}: {}", log.display()))
-    };
-    std::thread::scope(|scope| {
-        let started: Vec<_> = together
-            .into_iter()
-            .enumerate()
-            .map(|(number, wanted)| scope.spawn(move || one(format!("worker{number}"), wanted)))
-            .collect();
-        started.into_iter().try_for_each(|worker| {
-            outcome.extend(worker.join().expect("a worker does not panic")?);
-            anyhow::Ok(())
-        })
-    })?;
-    outcome.extend(one("alone".to_owned(), alone)?);
-    Ok(outcome)
-}
-
-/// The specs that want the cluster for themselves, and the others dealt out.
-fn split(specs: BTreeSet<String>) -> (BTreeSet<String>, Vec<BTreeSet<String>>) {
-    let (alone, others): (BTreeSet<String>, BTreeSet<String>) =
-        specs.into_iter().partition(|spec| spec.contains("[Serial]") || spec.contains("[Disruptive]"));
-    let mut together = vec![BTreeSet::new(); WORKERS];
-    for (number, spec) in others.into_iter().enumerate() {
-        together[number % WORKERS].insert(spec);
-    }
-    (alone, together)
+    let matching = if focus == FOCUS { all } else { &all & &suite::dry(cluster, focus, &flags)? };
+    println!("{} specs", matching.len());
+    suite::run(cluster, matching, &flags)
 }
 
 /// Gives what the suite left out for a reason that `external-storage-cannot.txt` knows our words for it, and what it left out
@@ -92,19 +46,8 @@ fn known(text: &str) -> Result<BTreeMap<&str, &str>> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
-    use super::super::conformance::{Fate, Outcome};
-    use super::{CANNOT, explained, known, split};
-
-    #[test]
-    fn each_spec_is_run_once_and_those_that_disturb_run_alone() {
-        let specs: BTreeSet<String> = (0..10).map(|n| format!("a {n}")).chain(["b [Disruptive]".to_owned()]).collect();
-        let (alone, together) = split(specs.clone());
-        assert_eq!(alone, BTreeSet::from(["b [Disruptive]".to_owned()]));
-        assert_eq!(together.iter().map(BTreeSet::len).sum::<usize>(), 10);
-        assert_eq!(together.into_iter().flatten().chain(alone).collect::<BTreeSet<_>>(), specs);
-    }
+    use super::super::suite::{Fate, Outcome};
+    use super::{CANNOT, explained, known};
 
     #[test]
     fn a_reason_that_nobody_wrote_down_is_a_failure() {
