@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::endpoints::{Candidate, candidates, categorise};
-use crate::model::{EndpointSlice, LoadBalancing, ObjectName, Service, ServicePort, TrafficPolicy};
+use crate::model::{EndpointSlice, LoadBalancing, Service, ServicePort, TrafficPolicy};
 use crate::op::{Backend, FrontendKey, flags};
 use crate::tracker::NodeInfo;
 
@@ -77,7 +77,7 @@ impl Wanted {
 /// The frontends of a Service, by their keys for [`crate::Origin::Anyone`]: none when no proxy of ours serves it.
 pub fn frontends(
     service: &Service,
-    slices: &BTreeMap<ObjectName, EndpointSlice>,
+    slices: &[EndpointSlice],
     node: &NodeInfo,
 ) -> BTreeMap<FrontendKey, Wanted> {
     let mut frontends = BTreeMap::new();
@@ -171,10 +171,10 @@ impl<'a> Port<'a> {
         service: &'a Service,
         port: &'a ServicePort,
         ipv6: bool,
-        slices: &BTreeMap<ObjectName, EndpointSlice>,
+        slices: &[EndpointSlice],
         node: &NodeInfo,
     ) -> Self {
-        let candidates = candidates(slices.values(), &port.name, port.protocol, ipv6);
+        let candidates = candidates(slices, &port.name, port.protocol, ipv6);
         let categories = categorise(&candidates, node);
         let backends = |chosen: &[Candidate<'_>]| -> Backends {
             let proto = port.protocol.number();

@@ -2,7 +2,7 @@
 //! (`LocalReadyEndpoints` in kubernetes/kubernetes, pkg/proxy/endpointschangetracker.go). And what its metrics count of Services
 //! that have nobody here.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crate::endpoints::{candidates, categorise};
@@ -25,7 +25,7 @@ pub struct HealthCheck {
 /// `None` for a Service without a health check: only load balancers with a Local external policy have one.
 pub fn health_check(
     service: &Service,
-    slices: &BTreeMap<ObjectName, EndpointSlice>,
+    slices: &[EndpointSlice],
     node: &NodeInfo,
 ) -> Option<HealthCheck> {
     let checked = service.is_served()
@@ -42,9 +42,9 @@ pub fn health_check(
 }
 
 /// Addresses, not ports: a pod counts once. One that only terminates does not count, though it may serve.
-fn local_ready(slices: &BTreeMap<ObjectName, EndpointSlice>, node: &NodeInfo, ipv6: bool) -> usize {
+fn local_ready(slices: &[EndpointSlice], node: &NodeInfo, ipv6: bool) -> usize {
     let mut found: BTreeSet<IpAddr> = BTreeSet::new();
-    for slice in slices.values().filter(|slice| slice.ports.iter().any(|port| port.port.is_some_and(|p| p != 0))) {
+    for slice in slices.iter().filter(|slice| slice.ports.iter().any(|port| port.port.is_some_and(|p| p != 0))) {
         let here = slice.endpoints.iter().filter(|e| e.ready && e.node_name.as_ref() == Some(&node.name));
         let addrs = here.filter_map(|e| e.addresses.first()).map(IpAddr::to_canonical);
         found.extend(addrs.filter(|addr| addr.is_ipv6() == ipv6));

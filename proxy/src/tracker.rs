@@ -33,8 +33,8 @@ pub struct Change {
 pub struct Model {
     node: NodeInfo,
     services: BTreeMap<ObjectName, Service>,
-    /// Slices by the Service they belong to, whether or not that is known yet.
-    slices: BTreeMap<ObjectName, BTreeMap<ObjectName, EndpointSlice>>,
+    /// Slices by the Service they belong to, whether or not that is known yet; sorted by name.
+    slices: BTreeMap<ObjectName, Vec<EndpointSlice>>,
     /// The Service that each slice was last filed under.
     filed: BTreeMap<ObjectName, ObjectName>,
     changed: BTreeSet<ObjectName>,
@@ -92,18 +92,25 @@ impl Model {
             self.delete_slice(&slice.name.clone());
         }
         let slices = self.slices.entry(service.clone()).or_default();
-        if slices.get(&slice.name) != Some(&slice) {
-            self.filed.insert(slice.name.clone(), service.clone());
-            slices.insert(slice.name.clone(), slice);
-            self.changed.insert(service);
+        let place = slices.binary_search_by(|other| other.name.cmp(&slice.name));
+        match place {
+            Ok(at) if slices[at] == slice => return,
+            Ok(at) => slices[at] = slice,
+            Err(at) => {
+                self.filed.insert(slice.name.clone(), service.clone());
+                // Most Services have one slice and keep it.
+                slices.reserve_exact(1);
+                slices.insert(at, slice);
+            }
         }
+        self.changed.insert(service);
     }
 
     /// A slice went.
     pub fn delete_slice(&mut self, name: &ObjectName) {
         let Some(service) = self.filed.remove(name) else { return };
         if let Some(slices) = self.slices.get_mut(&service) {
-            slices.remove(name);
+            slices.retain(|slice| slice.name != *name);
             if slices.is_empty() {
                 self.slices.remove(&service);
             }
@@ -167,8 +174,7 @@ impl Model {
         if service.is_this_node() {
             return Change { service, frontends: node_addresses(&self.node) };
         }
-        let none = BTreeMap::new();
-        let slices = self.slices.get(&service).unwrap_or(&none);
+        let slices = self.slices.get(&service).map(Vec::as_slice).unwrap_or_default();
         let object = self.services.get(&service);
         match object.and_then(|object| health_check(object, slices, &self.node)) {
             Some(check) => _ = self.health_checks.insert(service.clone(), check),
