@@ -17,5 +17,6 @@ pub mod neighbours;
 pub mod netfilter;
 pub mod proc_sys;
 pub mod run;
+pub mod sockets;
 pub mod source;
 pub mod sweep;

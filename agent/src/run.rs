@@ -38,6 +38,7 @@ use crate::host::{self, HostNetwork};
 use crate::http::{self, Health, Metrics};
 use crate::inspect::InspectService;
 use crate::neighbours;
+use crate::sockets;
 use crate::source::kube::{Kubernetes, PolicyLister};
 use crate::source::manifests::Manifests;
 use crate::source::{CHANNEL_CAPACITY, Event, Node, Source, Status};
@@ -95,6 +96,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let node_port_devices = devices.clone();
     let (health_checks_tx, wanted) = watch::channel(Vec::new());
     let (complaints_tx, complaints) = watch::channel(BTreeSet::new());
+    let (gone_tx, gone) = mpsc::unbounded_channel();
     let wiring = Wiring {
         events,
         devices,
@@ -104,10 +106,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         flows: flows.clone(),
         health_checks: health_checks_tx,
         complaints: complaints_tx,
+        gone: gone_tx,
         health: health.clone(),
         metrics: metrics.clone(),
     };
     let sweep = datapath.sweep()?;
+    tokio::spawn(sockets::run(gone, datapath.socket_tables()?));
     let engine = Engine::start(settings, datapath, leases, wiring)?;
     tokio::spawn(sweep::run(sweep, engine.clone(), flows.clone()));
 

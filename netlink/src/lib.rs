@@ -1,6 +1,6 @@
 //! Typed verbs over rtnetlink: what a node's data plane asks of links, addresses, routes and neighbours.
 //!
-//! One file a concern: [`link`], [`vxlan`], [`addr`], [`route`], [`neigh`], [`netns`], [`sysctl`]. A [`Handle`] is a
+//! One file a concern: [`link`], [`vxlan`], [`addr`], [`route`], [`neigh`], [`netns`], [`sysctl`], [`sockets`]. A [`Handle`] is a
 //! socket that belongs to one network namespace for good; [`Handle::open`] takes the process's own,
 //! [`Handle::open_in`] another's. Whatever has to *be* in another namespace (opening that socket, writing
 //! `/proc/sys/net`) runs on a thread of its own that is thrown away afterwards: a tokio worker never changes namespace.
@@ -15,6 +15,7 @@ pub mod link;
 pub mod neigh;
 pub mod netns;
 pub mod route;
+pub mod sockets;
 pub mod sysctl;
 mod unreachable;
 pub mod vxlan;

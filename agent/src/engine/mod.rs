@@ -34,6 +34,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::events::Complaint;
 use crate::http::{Health, Metrics};
+use crate::sockets::Gone;
 use crate::source::{Event, Kind, Node, Object, Status};
 use crate::sweep::Flows;
 
@@ -221,6 +222,8 @@ pub struct Wiring {
     pub health_checks: watch::Sender<Vec<HealthCheck>>,
     /// Receives what is wrong with Services.
     pub complaints: watch::Sender<BTreeSet<Complaint>>,
+    /// Receives the backends that take nothing new.
+    pub gone: mpsc::UnboundedSender<Gone>,
     /// For `/healthz`.
     pub health: Health,
     /// For `/metrics`.
@@ -235,12 +238,23 @@ impl Engine {
     pub fn start(settings: Settings, datapath: Datapath, leases: Vec<Lease>, wiring: Wiring) -> anyhow::Result<Handle> {
         let (commands, inbox) = mpsc::channel(256);
         let (synced_tx, synced) = watch::channel(false);
-        let Wiring { events, devices, node, host_routes, source, flows, health_checks, complaints, health, metrics } =
-            wiring;
+        let Wiring {
+            events,
+            devices,
+            node,
+            host_routes,
+            source,
+            flows,
+            health_checks,
+            complaints,
+            gone,
+            health,
+            metrics,
+        } = wiring;
         let policies = policies::Policies::open(&settings, &datapath.tables)?;
         let endpoints = endpoints::Endpoints::restore(leases, &datapath.tables)?;
         let engine = Self {
-            services: services::Services::new(&settings.node_name),
+            services: services::Services::new(&settings.node_name, gone),
             policies,
             endpoints,
             settings,

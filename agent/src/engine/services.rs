@@ -1,7 +1,7 @@
 //! Services: the model, its mirror of the tables, and the writes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::SystemTime;
 
 use keelway_layout::{MEMBER_BIT, maps};
@@ -10,8 +10,11 @@ use keelway_proxy as proxy;
 use keelway_proxy::TableFull;
 use keelway_proxy::model::{EndpointSlice, ObjectName};
 
+use tokio::sync::mpsc::UnboundedSender;
+
 use super::{EngineError, convert};
 use crate::events::{Complaint, Note};
+use crate::sockets::Gone;
 
 /// Services that do not fit are named up to this number.
 const PROBLEMS: usize = 8;
@@ -61,13 +64,15 @@ pub struct Services {
     triggered: Vec<Triggered>,
     /// Changes of before are nobody's delay.
     started: SystemTime,
+    /// Receives the backends that take nothing new.
+    gone: UnboundedSender<Gone>,
 }
 
 /// When an endpoint changed, and of which family it is where it has any address.
 pub type Triggered = (SystemTime, Option<bool>);
 
 impl Services {
-    pub fn new(node_name: &str) -> Self {
+    pub fn new(node_name: &str, gone: UnboundedSender<Gone>) -> Self {
         let node = proxy::NodeInfo { name: node_name.into(), ..proxy::NodeInfo::default() };
         Self {
             model: proxy::Model::new(node.clone()),
@@ -76,6 +81,7 @@ impl Services {
             left_out: BTreeMap::new(),
             triggered: Vec::new(),
             started: SystemTime::now(),
+            gone,
         }
     }
 
@@ -169,14 +175,24 @@ impl Services {
         let left_out = |error: &TableFull| (error.service.clone(), LeftOut::new(error, &mirror));
         self.left_out = errors.iter().map(left_out).collect();
         self.mirror = Some(mirror);
-        execute(tables, &ops).map_err(kernel)
+        self.execute(tables, &ops).map_err(kernel)
     }
 
     /// Writes what changed; answers when those changes happened.
     pub fn apply(&mut self, tables: &mut Tables) -> Result<Vec<Triggered>, EngineError> {
         let ops = self.plan()?;
-        execute(tables, &ops).map_err(kernel)?;
+        self.execute(tables, &ops).map_err(kernel)?;
         Ok(std::mem::take(&mut self.triggered))
+    }
+
+    fn execute(&self, tables: &mut Tables, ops: &[proxy::Op]) -> Result<(), TableError> {
+        let gone = gone(tables, ops)?;
+        execute(tables, ops)?;
+        for one in gone {
+            // Nobody receives when the agent is stopping.
+            let _ = self.gone.send(one);
+        }
+        Ok(())
     }
 
     /// The writes for what changed, and for what did not fit before and does now.
@@ -237,6 +253,28 @@ fn dump(tables: &Tables) -> Result<proxy::Dump, TableError> {
     Ok(dump)
 }
 
+/// The backends that `ops` will take out of every slot.
+fn gone(tables: &Tables, ops: &[proxy::Op]) -> Result<Vec<Gone>, TableError> {
+    use proxy::Op;
+    let of = |backend: &proxy::Backend, draining| Gone {
+        backend: SocketAddr::new(backend.addr, backend.port),
+        proto: backend.proto,
+        draining,
+    };
+    let mut found = Vec::new();
+    for op in ops {
+        match op {
+            Op::PutBackend { backend, draining: true, .. } => found.push(of(backend, true)),
+            Op::DeleteBackend { id } => {
+                let value = tables.backends.get(id)?;
+                found.extend(value.map(|value| of(&convert::from_backend(&value).0, false)));
+            }
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
 fn execute(tables: &mut Tables, ops: &[proxy::Op]) -> Result<(), TableError> {
     use proxy::Op;
     for op in ops {
@@ -275,7 +313,7 @@ mod tests {
     use super::*;
 
     fn small() -> Services {
-        let mut services = Services::new("node1");
+        let mut services = Services::new("node1", tokio::sync::mpsc::unbounded_channel().0);
         let limits = proxy::Limits { frontends: 100, slots: 100, backends: 4, ..LIMITS };
         services.mirror = Some(proxy::Tables::new(limits));
         services

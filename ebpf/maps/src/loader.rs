@@ -12,6 +12,7 @@ use crate::attach::Attachments;
 use crate::error::Error;
 use crate::object::object;
 use crate::pins::{Pins, specs};
+use crate::sockets::SocketTables;
 use crate::sweep::Sweep;
 use crate::sys;
 use crate::tables::Tables;
@@ -150,6 +151,14 @@ impl Datapath {
         let (conntrack, nat) = (pinned(maps::CONNTRACK)?, pinned(maps::NAT)?);
         let program = self.program(SWEEP)?.as_fd().try_clone_to_owned().map_err(|error| refused(&error))?;
         Sweep::new(program, &conntrack, &nat).map_err(|error| refused(&error))
+    }
+
+    /// The tables of sockets, for readers beside this one.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn socket_tables(&self) -> Result<SocketTables, Error> {
+        SocketTables::open(self.attachments.pins())
     }
 
     /// Runs what this build does at a tc hook on a packet, Ethernet header first, as if it came by this network namespace's

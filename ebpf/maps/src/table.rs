@@ -54,7 +54,7 @@ pub trait Table<K, V>: Send {
 /// How a key type is told to a longest-prefix table: its first four bytes are the prefix length.
 pub trait PrefixKeyed: Plain {
     /// What follows the prefix length.
-    type Data: Plain + Send;
+    type Data: Plain + Send + Sync;
 }
 
 impl PrefixKeyed for keelway_layout::PrefixKey {
@@ -90,7 +90,7 @@ enum Kind<K: Plain, V: Plain> {
 }
 
 /// A longest-prefix table with its key type taken apart.
-trait PrefixTable<K, V>: Send {
+trait PrefixTable<K, V>: Send + Sync {
     fn get(&self, key: &K) -> Result<V, MapError>;
     fn put(&mut self, key: &K, value: &V) -> Result<(), MapError>;
     fn delete(&mut self, key: &K) -> Result<(), MapError>;
@@ -99,7 +99,7 @@ trait PrefixTable<K, V>: Send {
 
 struct Prefix<K: PrefixKeyed, V: Plain>(LpmTrie<MapData, Raw<K::Data>, Raw<V>>);
 
-impl<K: PrefixKeyed + Send, V: Plain + Send> PrefixTable<K, V> for Prefix<K, V> {
+impl<K: PrefixKeyed + Send + Sync, V: Plain + Send + Sync> PrefixTable<K, V> for Prefix<K, V> {
     fn get(&self, key: &K) -> Result<V, MapError> {
         self.0.get(&to_lpm(key), 0).map(|raw| raw.0)
     }
@@ -149,7 +149,7 @@ impl<K: Plain, V: Plain> KernelTable<K, V> {
     }
 }
 
-impl<K: PrefixKeyed + Send, V: Plain + Send> KernelTable<K, V> {
+impl<K: PrefixKeyed + Send + Sync, V: Plain + Send + Sync> KernelTable<K, V> {
     pub(crate) fn prefix(name: &'static str, capacity: u32, map: Map) -> Result<Self, MapError> {
         Ok(Self { name, capacity, kind: Kind::Prefix(Box::new(Prefix::<K, V>(LpmTrie::try_from(map)?))) })
     }

@@ -410,6 +410,52 @@ fn connected_datagram_sockets_leave_a_backend_that_left() {
     }
 }
 
+/// The host's own sockets are translated when they connect: a datagram one is ended so that its program dials again, a connection
+/// once its pod is no more; neither while the backend lives and serves.
+#[test]
+fn the_hosts_sockets_are_ended_when_their_backend_is_gone() {
+    let s = standalone_or_skip!(2);
+    let b = s.pod(2, "b", &[]).unwrap();
+    let c = s.pod(1, "c", &[]).unwrap();
+    let spec = |protocol| node_port(protocol, &json!({"type": "ClusterIP"}));
+    let other = ["10.96.0.20", "fd00:10:96::20"];
+    s.put_service("tcp", &spec("TCP"), &json!({}), &[Backend::pod(&s, &b)]).unwrap();
+    let mut udp = spec("UDP");
+    udp["clusterIP"] = json!(other[0]);
+    udp["clusterIPs"] = json!(other);
+    s.put_service("udp", &udp, &json!({}), &[Backend::pod(&s, &b)]).unwrap();
+    let (tcp_at, udp_at) = (vip(false, 80), at(other[0].parse::<IpAddr>().unwrap(), 80));
+    eventually("served", || s.probe_on_node(1, &["ask", &tcp_at]).unwrap(), |report| report.answered() == 1);
+    eventually("served", || s.probe_on_node(1, &["ask", &udp_at, "--udp"]).unwrap(), |report| report.answered() == 1);
+    let direct = at(b.address(false), 8080);
+    let flow = |target: &str, udp: bool| -> Flowed {
+        let mut args = vec!["flow", target, "--seconds", "12", "--rate", "20"];
+        args.extend(udp.then_some("--udp"));
+        s.probe_on_node(1, &args).unwrap()
+    };
+    let (stream, datagrams, unconcerned) = std::thread::scope(|scope| {
+        let stream = scope.spawn(|| flow(&tcp_at, false));
+        let datagrams = scope.spawn(|| flow(&udp_at, true));
+        // Somebody who dialled the pod itself, and whose answers stop with it: nothing of a Service.
+        let unconcerned = scope.spawn(|| flow(&direct, true));
+        std::thread::sleep(Duration::from_secs(2));
+        s.put_service("udp", &udp, &json!({}), &[Backend::pod(&s, &c)]).unwrap();
+        s.put_service("tcp", &spec("TCP"), &json!({}), &[Backend::pod(&s, &c)]).unwrap();
+        // Left the Service, and lives: the connection goes on.
+        std::thread::sleep(Duration::from_secs(4));
+        s.remove_pod(&b).unwrap();
+        (stream.join().unwrap(), datagrams.join().unwrap(), unconcerned.join().unwrap())
+    });
+    assert!(datagrams.failures.values().sum::<u64>() >= 1, "{datagrams:?}");
+    assert!(datagrams.answered < 100, "{datagrams:?}");
+    assert_eq!(stream.failures.values().sum::<u64>(), 1, "{stream:?}");
+    assert!((90..180).contains(&stream.answered), "{stream:?}");
+    assert!(unconcerned.sent > 200, "{unconcerned:?}");
+    // The next one is served.
+    answered_by(&s.probe_on_node(1, &["ask", &tcp_at]).unwrap(), &["c"]);
+    answered_by(&s.probe_on_node(1, &["ask", &udp_at, "--udp"]).unwrap(), &["c"]);
+}
+
 #[test]
 fn a_node_port_is_taken_for_the_host_and_free_for_pods() {
     let s = standalone_or_skip!(1);
