@@ -59,6 +59,9 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
     let own = host.addresses(None).await?;
     let host_addresses = sources(&pool, node, &own);
 
+    for link in &links {
+        keep_router_advertisements(&link.name)?;
+    }
     for (key, value) in node_sysctls(&host_addresses) {
         sysctl::write(&key, &value)?;
     }
@@ -209,6 +212,16 @@ async fn vxlan_device(config: &Config, mtu: u32, host: &Handle) -> anyhow::Resul
     host.set_arp(link.index, false).await?;
     host.set_up(link.index, true).await?;
     Ok(host.require_link(VXLAN_DEVICE).await?)
+}
+
+/// A device that takes its IPv6 routes from router advertisements would stop to once the node forwards (`accept_ra` 1: hosts only).
+fn keep_router_advertisements(device: &str) -> anyhow::Result<()> {
+    let key = format!("net/ipv6/conf/{device}/accept_ra");
+    // Without IPv6 there is no such key.
+    if sysctl::read(&key).is_ok_and(|value| value.trim() == "1") {
+        sysctl::write(&key, "2")?;
+    }
+    Ok(())
 }
 
 /// Keeps sockets from being given the ports that masquerading picks from, beside what others reserved.

@@ -63,6 +63,9 @@ fn pods_reach_pods_nodes_and_the_outside_and_are_reached() {
     let a = s.pod(1, "a", &[("app", "a")]).unwrap();
     let b = s.pod(1, "b", &[("app", "b")]).unwrap();
     let c = s.pod(2, "c", &[("app", "c")]).unwrap();
+    // A node that forwards takes router advertisements only when told so twice.
+    let accept_ra = s.node(1).run(&["cat", "/proc/sys/net/ipv6/conf/eth0/accept_ra"]).unwrap();
+    assert_eq!(accept_ra.trim(), "2");
     let probe = keelway_lab::sh::own("keelway-probe").unwrap().display().to_string();
     let mut servers = vec![s.lab.outside.spawn("server", &[&probe, "serve", "--name", "outside"]).unwrap()];
     for number in [1, 2] {
