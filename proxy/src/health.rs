@@ -23,11 +23,7 @@ pub struct HealthCheck {
 }
 
 /// `None` for a Service without a health check: only load balancers with a Local external policy have one.
-pub fn health_check(
-    service: &Service,
-    slices: &[EndpointSlice],
-    node: &NodeInfo,
-) -> Option<HealthCheck> {
+pub fn health_check(service: &Service, slices: &[EndpointSlice], node: &NodeInfo) -> Option<HealthCheck> {
     let checked = service.is_served()
         && service.service_type == ServiceType::LoadBalancer
         && service.external_traffic_policy == TrafficPolicy::Local
@@ -70,7 +66,7 @@ impl NoLocal {
 }
 
 /// As kube-proxy counts for `sync_proxy_rules_no_local_endpoints_total`.
-pub fn no_local(service: &Service, slices: &BTreeMap<ObjectName, EndpointSlice>, node: &NodeInfo) -> NoLocal {
+pub fn no_local(service: &Service, slices: &[EndpointSlice], node: &NodeInfo) -> NoLocal {
     let mut found = NoLocal::default();
     let outside = matches!(service.service_type, ServiceType::NodePort | ServiceType::LoadBalancer)
         || !service.external_ips.is_empty();
@@ -81,7 +77,7 @@ pub fn no_local(service: &Service, slices: &BTreeMap<ObjectName, EndpointSlice>,
     }
     for ipv6 in [false, true].into_iter().filter(|ipv6| service.has_family(*ipv6)) {
         for port in &service.ports {
-            let candidates = candidates(slices.values(), &port.name, port.protocol, ipv6);
+            let candidates = candidates(slices, &port.name, port.protocol, ipv6);
             let categories = categorise(&candidates, node);
             let missing = usize::from(categories.any && categories.local.is_empty());
             found.internal[usize::from(ipv6)] += if internal { missing } else { 0 };
