@@ -59,6 +59,8 @@ pub fn write(bin: &Path, dir: &Path) -> Result<Vec<PathBuf>> {
             &certificate_path,
         ])?;
         let image = tools(Image::new(AGNHOST, &["/agnhost"]))?.file(&bin.join("agnhost"), "/agnhost")?;
+        // With a server for names of a spec's own.
+        let image = image.file(&bin.join("coredns"), "/coredns")?;
         let image = image
             .text("/localhost.key", &fs::read_to_string(&key)?)
             .text("/localhost.crt", &fs::read_to_string(&certificate)?);
