@@ -24,6 +24,7 @@ mod host;
 pub mod image;
 mod lab;
 pub mod load;
+pub mod memory_api;
 pub mod netns;
 mod node;
 pub mod plugin;

@@ -47,6 +47,8 @@ enum Command {
     Demo,
     /// What Keelway costs, each figure beside its peer's; in one table.
     Bench,
+    /// What Services cost, each figure beside kube-proxy's on the same objects; in one table.
+    BenchServices(bench::ServicesOptions),
     /// The same story on a real Kubernetes.
     DemoCluster,
     /// A real Kubernetes in the lab.
@@ -65,6 +67,8 @@ enum Command {
     },
     #[command(hide = true)]
     BenchCni(bench::Calls),
+    #[command(hide = true)]
+    BenchFlood(bench::Flood),
     #[command(hide = true)]
     BenchTurns(bench::Turns),
     #[command(hide = true)]
@@ -153,7 +157,9 @@ fn run(command: Command) -> Result<i32> {
         Command::Exec { id, host, argv } => return exec(&Lab::open(&id)?, &host, &argv),
         Command::Demo => return Ok(i32::from(!demo::run()?)),
         Command::Bench => return Ok(i32::from(!bench::run()?)),
+        Command::BenchServices(options) => return Ok(i32::from(!bench::services(&options)?)),
         Command::BenchCni(calls) => calls.run()?,
+        Command::BenchFlood(flood) => flood.run()?,
         Command::BenchTurns(turns) => turns.run()?,
         Command::DemoCluster => return Ok(i32::from(!cluster::demo::run()?)),
         Command::Cluster { id, command } => return cluster(&id, command),

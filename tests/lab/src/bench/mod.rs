@@ -1,6 +1,7 @@
 //! `make bench`: what Keelway costs, each figure beside its peer's of the same run.
 mod plugin;
 mod report;
+mod services;
 mod traffic;
 mod turns;
 
@@ -10,6 +11,7 @@ use anyhow::{Result, ensure};
 
 pub use plugin::Calls;
 use report::Report;
+pub use services::{Flood, Options as ServicesOptions, run as services};
 use traffic::{Load, Place, SERVER, raw_pair, vxlan_pair};
 pub use turns::Turns;
 
@@ -95,7 +97,7 @@ pub fn run() -> Result<bool> {
     } else {
         part(&mut report, "nanoseconds of programs on packets", |report| {
             let host = Place::node(&lab, 1);
-            traffic::programs(&lab, report, Load::Packets, || {
+            traffic::programs(&lab.lab, report, Load::Packets, || {
                 for way in [ways[0].1, ways[1].1, (&host, &to, near_v4.as_str())] {
                     traffic::small_packets(way)?;
                 }
@@ -106,7 +108,7 @@ pub fn run() -> Result<bool> {
     part(&mut report, "nanoseconds of programs on sockets", |report| {
         let mut asks: Vec<String> = services.iter().map(|(_, service, _)| service.clone()).collect();
         asks.extend([at(NEAR_UDP[0], 80)?, at(NEAR_UDP[1], 80)?]);
-        traffic::programs(&lab, report, Load::Sockets, || {
+        traffic::programs(&lab.lab, report, Load::Sockets, || {
             for target in &asks {
                 for options in [&[][..], &["--udp"], &["--udp", "--unconnected"]] {
                     let options = [&["ask", target, "--count", "300", "--timeout", "300"], options].concat();
@@ -121,7 +123,7 @@ pub fn run() -> Result<bool> {
     part(&mut report, "agent RSS", |report| plugin::memory(&lab, report, "agent RSS with 2 pods, after the traffic"));
     part(&mut report, "CNI ADD and DEL", |report| plugin::measure(&lab, report));
     drop(lab);
-    report.end()
+    report.end("bench")
 }
 
 fn part(report: &mut Report, what: &str, measure: impl FnOnce(&mut Report) -> Result<()>) {

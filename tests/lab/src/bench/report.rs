@@ -51,6 +51,40 @@ struct Row {
     unit: &'static str,
     ours: Spread,
     peer: Option<Peer>,
+    goal: Option<Goal>,
+}
+
+/// What a figure should be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Goal {
+    /// Ours is this or less.
+    OursAtMost(f64),
+    /// Ours is this much of the peer's or less.
+    RatioAtMost(f64),
+    /// Ours is this much of the peer's or more.
+    RatioAtLeast(f64),
+}
+
+impl Goal {
+    /// The figure, and whether the row reaches it; `None` without a peer to compare with.
+    fn judge(self, row: &Row) -> (f64, Option<bool>) {
+        let ratio = row.peer.as_ref().map(|peer| peer.ratio);
+        match self {
+            Self::OursAtMost(goal) => (goal, Some(row.ours.median <= goal)),
+            Self::RatioAtMost(goal) => (goal, ratio.map(|ratio| ratio <= goal)),
+            Self::RatioAtLeast(goal) => (goal, ratio.map(|ratio| ratio >= goal)),
+        }
+    }
+
+    fn shown(self, row: &Row) -> String {
+        let (text, (goal, met)) = match self {
+            Self::OursAtMost(_) => ("ours at most", self.judge(row)),
+            Self::RatioAtMost(_) => ("ratio at most", self.judge(row)),
+            Self::RatioAtLeast(_) => ("ratio at least", self.judge(row)),
+        };
+        let met = met.map_or("not known", |met| if met { "met" } else { "MISSED" });
+        format!("  {text} {}: {met}", digits(goal))
+    }
 }
 
 /// What ours is held against.
@@ -85,7 +119,7 @@ impl Report {
             let figure = Spread::of(figures)?;
             Some(Peer { name, figure, ratio: ours.median / figure.median, ratios: None })
         });
-        self.rows.push(Row { what: what.to_owned(), unit, ours, peer });
+        self.rows.push(Row { what: what.to_owned(), unit, ours, peer, goal: None });
     }
 
     /// Adds figures that were taken in turn with the peer's: the ratio is that of the middle pair.
@@ -97,7 +131,14 @@ impl Report {
             return self.skip(what, "nothing was measured");
         };
         let peer = Some(Peer { name, figure, ratio: ratios.median, ratios: Some(ratios) });
-        self.rows.push(Row { what: what.to_owned(), unit, ours, peer });
+        self.rows.push(Row { what: what.to_owned(), unit, ours, peer, goal: None });
+    }
+
+    /// Says what the figure of a row should be; nothing for a row that could not be measured.
+    pub(super) fn goal(&mut self, what: &str, goal: Goal) {
+        if let Some(row) = self.rows.iter_mut().find(|row| row.what == what) {
+            row.goal = Some(goal);
+        }
     }
 
     /// Notes what could not be measured, and why.
@@ -106,8 +147,8 @@ impl Report {
         self.skipped.push((what.to_owned(), reason.to_owned()));
     }
 
-    /// Prints the table and writes `target/report/bench.json`; whether everything was measured.
-    pub(super) fn end(self) -> Result<bool> {
+    /// Prints the table and writes `target/report/<name>.json`; whether everything was measured.
+    pub(super) fn end(self, name: &str) -> Result<bool> {
         println!();
         let width = self.rows.iter().map(|row| row.what.len()).max().unwrap_or(0);
         println!(
@@ -115,18 +156,21 @@ impl Report {
             "median (middle half)", "unit", "ours", "peer", "ratio"
         );
         let mut rows = Vec::new();
-        for Row { what, unit, ours, peer } in self.rows {
+        for row in self.rows {
+            let Row { what, unit, ours, peer, goal } = &row;
             let ratio = peer.as_ref().map(|peer| peer.ratios.map_or_else(|| digits(peer.ratio), Spread::shown));
             println!(
-                "{what:width$}  {unit:8}  {:>24}  {:>24}  {:>19}  {}",
+                "{what:width$}  {unit:8}  {:>24}  {:>24}  {:>19}  {}{}",
                 ours.shown(),
                 peer.as_ref().map_or_else(|| "-".to_owned(), |peer| peer.figure.shown()),
                 ratio.unwrap_or_else(|| "-".to_owned()),
                 peer.as_ref().map_or("-", |peer| peer.name),
+                goal.map_or_else(String::new, |goal| goal.shown(&row)),
             );
+            let judged = goal.map(|goal| goal.judge(&row));
             let peer = peer.as_ref();
             rows.push(json!({"what": what, "unit": unit, "ours": ours.median, "peer": peer.map(|peer| peer.figure.median),
-                "peer_name": peer.map(|peer| peer.name), "ratio": peer.map(|peer| peer.ratio), "goal": null, "met": null,
+                "peer_name": peer.map(|peer| peer.name), "ratio": peer.map(|peer| peer.ratio), "goal": judged.map(|(goal, _)| goal), "met": judged.and_then(|(_, met)| met),
                 "ours_spread": ours.json(), "peer_spread": peer.map(|peer| peer.figure.json()),
                 "ratio_spread": peer.and_then(|peer| peer.ratios).map(Spread::json)}));
         }
@@ -137,8 +181,8 @@ impl Report {
         }
         let dir = root().join("target/report");
         fs::create_dir_all(&dir)?;
-        let report = json!({"name": "bench", "command": "make bench", "rows": rows, "skipped": skipped});
-        fs::write(dir.join("bench.json"), serde_json::to_vec_pretty(&report)?)?;
+        let report = json!({"name": name, "command": format!("make {name}"), "rows": rows, "skipped": skipped});
+        fs::write(dir.join(format!("{name}.json")), serde_json::to_vec_pretty(&report)?)?;
         Ok(self.skipped.is_empty() && !rows.is_empty())
     }
 }

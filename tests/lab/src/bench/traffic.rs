@@ -17,11 +17,12 @@ use super::turns::stay;
 use crate::netns;
 use crate::sh::{self, wait_for};
 use crate::standalone::{Pod, Standalone};
+use crate::{Lab, Node};
 
 /// Runs of iperf3 each way, of a second.
 const ROUNDS: usize = 10;
 /// CPUs of the two ends: what one does shall not wait for the other.
-const CLIENT: usize = 0;
+pub(super) const CLIENT: usize = 0;
 /// See [`CLIENT`].
 pub(super) const SERVER: usize = 1;
 /// Host numbers of the peers on the switch, which no node has.
@@ -48,6 +49,11 @@ impl Place {
     pub(super) fn node(lab: &Standalone, number: usize) -> Self {
         let node = lab.node(number);
         Self { netns: node.netns(), cgroup: format!("{}/system", node.cgroup) }
+    }
+
+    /// A namespace that was made by name within a node.
+    pub(super) fn within(node: &Node, name: &str) -> Result<Self> {
+        Ok(Self { netns: node.path(&format!("/run/netns/{name}"))?, cgroup: format!("{}/system", node.cgroup) })
     }
 
     fn command(&self, argv: &[&str]) -> Result<Command> {
@@ -84,12 +90,28 @@ impl Place {
     }
 
     /// Times ours and the peer's in turn; the medians of blocks in microseconds. The process is in our cgroup.
-    pub(super) fn turns(&self, timed: &str, ours: &str, (there, peer): (&Self, &str)) -> Result<Vec<[f64; 2]>> {
+    pub(super) fn turns(&self, timed: &str, ours: &str, peer: (&Self, &str)) -> Result<Vec<[f64; 2]>> {
+        self.turns_with(timed, ours, peer, &[])
+    }
+
+    /// The same, with the process in the cgroup of whose turn it is.
+    pub(super) fn turns_at_home(&self, timed: &str, ours: &str, peer: (&Self, &str)) -> Result<Vec<[f64; 2]>> {
+        self.turns_with(timed, ours, peer, &["--rounds", "40", "--cgroups", &self.cgroup, &peer.0.cgroup])
+    }
+
+    fn turns_with(
+        &self,
+        timed: &str,
+        ours: &str,
+        (there, peer): (&Self, &str),
+        more: &[&str],
+    ) -> Result<Vec<[f64; 2]>> {
         let lab = sh::own("keelway-lab")?.display().to_string();
         let netns = [&self.netns, &there.netns].map(|netns| netns.display().to_string());
         let cpu = CLIENT.to_string();
         let argv =
             [&lab, "bench-turns", timed, "--cpu", &cpu, "--targets", ours, peer, "--netns", &netns[0], &netns[1]];
+        let argv = [&argv[..], more].concat();
         let blocks: Vec<[u64; 2]> = serde_json::from_str(&sh::checked(&mut self.command(&argv)?)?)?;
         Ok(blocks.into_iter().map(|pair| pair.map(|nanoseconds| nanoseconds as f64 / 1000.0)).collect())
     }
@@ -217,9 +239,9 @@ impl Drop for Timing {
 }
 
 /// Nanoseconds and runs of each program attached on the lab's nodes, by program id, with its name.
-fn counters(lab: &Standalone) -> Result<HashMap<u64, (String, u64, u64)>> {
+fn counters(lab: &Lab) -> Result<HashMap<u64, (String, u64, u64)>> {
     let mut ids = HashSet::new();
-    for node in lab.lab.nodes() {
+    for node in lab.nodes() {
         for kind in ["link", "prog"] {
             // Which of them are ours: those pinned in the node's own bpffs.
             // It gives up when another's goes while it looks.
@@ -230,7 +252,7 @@ fn counters(lab: &Standalone) -> Result<HashMap<u64, (String, u64, u64)>> {
             ids.extend(pinned.filter_map(|entry| entry[if kind == "link" { "prog_id" } else { "id" }].as_u64()));
         }
     }
-    for node in lab.lab.nodes() {
+    for node in lab.nodes() {
         // Filters have no pin; nobody else has any on a node's devices.
         let list: Value = wait_for("bpftool", Duration::from_secs(2), || {
             Ok(serde_json::from_str(&node.run(&["bpftool", "-j", "net", "show"])?)?)
@@ -261,7 +283,7 @@ pub(super) enum Load {
 /// Nanoseconds of each run of the programs that `load` runs. A program that hands on to another by a tail call is charged for both,
 /// so only the entries appear; the kernel's own timing is in the figures.
 pub(super) fn programs(
-    lab: &Standalone,
+    lab: &Lab,
     report: &mut Report,
     load: Load,
     mut traffic: impl FnMut() -> Result<()>,

@@ -12,6 +12,8 @@ use clap::{Args, ValueEnum};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, setns};
 use nix::unistd::Pid;
 
+use crate::cgroup;
+
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What is timed.
@@ -21,6 +23,8 @@ pub enum Timed {
     Connect,
     /// A line and its answer, over one connection.
     Answer,
+    /// A new connection from its first packet to its end, with a line and its answer on it; a block's mean.
+    Whole,
 }
 
 /// Our way and the peer's.
@@ -35,6 +39,9 @@ pub struct Turns {
     /// Files of the network namespaces to dial from; ours first.
     #[arg(long, num_args = 2, required = true)]
     pub netns: Vec<PathBuf>,
+    /// Cgroups to be in while dialling; ours first. Socket hooks of others' cgroups do not apply then.
+    #[arg(long, num_args = 2)]
+    pub cgroups: Vec<String>,
     /// Blocks of each.
     #[arg(long, default_value_t = 100)]
     pub rounds: usize,
@@ -56,8 +63,8 @@ impl Turns {
         let netns: Vec<File> = self.netns.iter().map(File::open).collect::<Result<_, _>>()?;
         let mut standing = Vec::new();
         if self.timed == Timed::Answer {
-            for (netns, target) in netns.iter().zip(&self.targets) {
-                setns(netns, CloneFlags::CLONE_NEWNET)?;
+            for (which, target) in self.targets.iter().enumerate() {
+                self.enter(&netns, which)?;
                 standing.push(dial(*target)?.0);
             }
         }
@@ -68,12 +75,13 @@ impl Turns {
             for turn in 0..2 {
                 // Who comes first changes from round to round.
                 let which = (round + turn) % 2;
-                setns(&netns[which], CloneFlags::CLONE_NEWNET)?;
+                self.enter(&netns, which)?;
                 let mut times = Vec::with_capacity(self.block);
+                let start = Instant::now();
                 for _ in 0..self.block {
                     times.push(match self.timed {
                         Timed::Answer => answer(&mut standing[which])?,
-                        Timed::Connect => {
+                        Timed::Connect | Timed::Whole => {
                             let (mut connection, took) = dial(self.targets[which])?;
                             // The server has taken it from its queue, and both ends are done when the next one begins.
                             answer(&mut connection)?;
@@ -81,8 +89,10 @@ impl Turns {
                         }
                     });
                 }
+                let mean = start.elapsed() / u32::try_from(self.block)?;
                 times.sort_unstable();
-                pair[which] = u64::try_from(times[times.len() / 2].as_nanos())?;
+                let taken = if self.timed == Timed::Whole { mean } else { times[times.len() / 2] };
+                pair[which] = u64::try_from(taken.as_nanos())?;
             }
             if round > 0 {
                 blocks.push(pair);
@@ -90,6 +100,15 @@ impl Turns {
         }
         println!("{}", serde_json::to_string(&blocks)?);
         Ok(())
+    }
+}
+
+impl Turns {
+    fn enter(&self, netns: &[File], which: usize) -> Result<()> {
+        if let Some(group) = self.cgroups.get(which) {
+            cgroup::join(group)?;
+        }
+        Ok(setns(&netns[which], CloneFlags::CLONE_NEWNET)?)
     }
 }
 

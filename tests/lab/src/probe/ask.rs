@@ -2,9 +2,9 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use super::{Ask, Asked, Percentiles, failure};
+use super::{Ask, Asked, Percentiles, Request, failure};
 
 /// One answer: who, whom they saw, how long it took, and whether it came from the address asked.
 struct Answer {
@@ -23,7 +23,13 @@ pub(super) fn ask(wanted: &Ask) -> Asked {
             thread::sleep((start + gap).saturating_duration_since(Instant::now()));
         }
         report.tried += 1;
-        match if wanted.udp { ask_udp(wanted, number) } else { ask_tcp(wanted, number) } {
+        let begin = unix_micros();
+        let answer = if wanted.udp { ask_udp(wanted, number) } else { ask_tcp(wanted, number) };
+        if wanted.log {
+            let outcome = answer.as_ref().map(|answer| answer.name.clone()).map_err(failure);
+            report.log.push(Request { begin, end: unix_micros(), outcome });
+        }
+        match answer {
             Ok(answer) => {
                 *report.answers.entry(answer.name).or_default() += 1;
                 *report.seen_as.entry(answer.peer).or_default() += 1;
@@ -36,6 +42,11 @@ pub(super) fn ask(wanted: &Ask) -> Asked {
     report.per_second = times.len() as f64 / start.elapsed().as_secs_f64();
     report.latency = Percentiles::of(times);
     report
+}
+
+fn unix_micros() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn ask_tcp(wanted: &Ask, number: u64) -> io::Result<Answer> {

@@ -59,6 +59,9 @@ pub struct Ask {
     /// Milliseconds until a connection or an answer counts as timed out.
     #[arg(long, default_value_t = 1000)]
     pub timeout: u64,
+    /// Report every question with its times.
+    #[arg(long)]
+    pub log: bool,
 }
 
 /// One connection, many messages.
@@ -102,6 +105,20 @@ pub struct Asked {
     pub latency: Percentiles,
     /// Successful questions per second.
     pub per_second: f64,
+    /// With [`Ask::log`], every question in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log: Vec<Request>,
+}
+
+/// One question.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    /// When it began, in microseconds since 1970.
+    pub begin: u64,
+    /// When it was answered or had failed.
+    pub end: u64,
+    /// Who answered, or the kind of failure.
+    pub outcome: Result<String, String>,
 }
 
 /// What [`Flow`] saw.
@@ -219,7 +236,9 @@ mod tests {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         std::thread::spawn(move || serve::serve(port, Some("me")));
         let target: SocketAddr = format!("127.0.0.1:{port}").parse().unwrap();
-        let ask = |udp, unconnected| ask::ask(&Ask { target, udp, unconnected, count: 5, rate: 0, timeout: 1000 });
+        let ask = |udp, unconnected| {
+            ask::ask(&Ask { target, udp, unconnected, count: 5, rate: 0, timeout: 1000, log: false })
+        };
         crate::sh::wait_for("the server", Duration::from_secs(5), || {
             anyhow::ensure!(ask(true, false).answered() == 5);
             Ok(())
@@ -233,8 +252,15 @@ mod tests {
             assert!(flowed.lost() == 0 && flowed.sent >= 250 && flowed.failures.is_empty(), "{flowed:?}");
         }
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let refused =
-            ask::ask(&Ask { target: closed, udp: false, unconnected: false, count: 2, rate: 0, timeout: 500 });
+        let refused = ask::ask(&Ask {
+            target: closed,
+            udp: false,
+            unconnected: false,
+            count: 2,
+            rate: 0,
+            timeout: 500,
+            log: false,
+        });
         assert_eq!(refused.failures.get("refused"), Some(&2), "{refused:?}");
     }
 }
