@@ -1,5 +1,5 @@
-//! kill -9 at every system call by which the driver changes anything, then a new driver and the same calls again: the
-//! data is there, nothing is left over. And kill -9 while mkfs runs, which outlives the driver.
+//! kill -9 at the entry and at the exit of every system call by which the driver changes anything, then a new driver and
+//! the same calls again: the data is there, nothing is left over. And kill -9 while mkfs runs, which outlives the driver.
 //!
 //! The driver is the ordinary program, under ptrace from outside: there is no hook in it.
 //! `cargo test -p keelway-csi --test crash -- --ignored`, as root.
@@ -14,24 +14,43 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use common::{Calls, Driver, MIB, block, create, mount};
-use keelway_csi::csi::VolumeCapability;
+use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
+use keelway_csi::csi::{self, VolumeCapability};
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tonic::Code;
 
-/// Whether a system call, at its entry, is about to change something that outlives the process.
+/// Whether a system call is about to change something that outlives the process.
 fn changes(pid: Pid, regs: &libc::user_regs_struct) -> bool {
-    const LOOP: [u64; 3] = [0x4C01, 0x4C0A, 0x125D];
+    // Of loop devices, of blocks that are shared, of filesystems that grow, of subvolumes.
+    const CHANGING: [u64; 14] = [
+        0x4C01,
+        0x4C0A,
+        0x4C07,
+        0x125D,
+        0x1262,
+        0x4004_9409,
+        0x4008_6602,
+        0x4010_586E,
+        0x5000_9403,
+        0x5000_940E,
+        0x5000_940F,
+        0x5000_9417,
+        0x4008_941A,
+        0x8030_942B,
+    ];
     let number = regs.orig_rax as i64;
     match number {
         libc::SYS_openat => regs.rdx as i32 & (libc::O_CREAT | libc::O_TMPFILE & !libc::O_DIRECTORY) != 0,
-        libc::SYS_ioctl => LOOP.contains(&regs.rsi),
+        libc::SYS_ioctl => CHANGING.contains(&regs.rsi),
         // Of the journal and of records; not of sockets and wake-ups.
         libc::SYS_write => std::fs::read_link(format!("/proc/{pid}/fd/{}", regs.rdi))
             .is_ok_and(|path| path.to_string_lossy().contains("/state/")),
         libc::SYS_ftruncate | libc::SYS_fallocate | libc::SYS_fsetxattr | libc::SYS_fsync | libc::SYS_fdatasync => true,
+        libc::SYS_copy_file_range | libc::SYS_syncfs | libc::SYS_renameat2 | libc::SYS_rmdir => true,
+        libc::SYS_fchmod | libc::SYS_fchown | libc::SYS_fchownat | libc::SYS_fchmodat => true,
         libc::SYS_linkat | libc::SYS_unlink | libc::SYS_unlinkat | libc::SYS_rename | libc::SYS_mkdirat => true,
         libc::SYS_fsconfig | libc::SYS_fsmount | libc::SYS_open_tree | libc::SYS_move_mount | libc::SYS_umount2 => true,
         libc::SYS_mount_setattr | libc::SYS_flock | libc::SYS_vfork => true,
@@ -41,7 +60,7 @@ fn changes(pid: Pid, regs: &libc::user_regs_struct) -> bool {
     }
 }
 
-/// Lets the process run, and kills it when it enters the `at`-th change. Says when it watches; returns when it is gone.
+/// Lets the process run, and kills it at the `at`-th change; each is one when it is entered and one when it is left. Says when it watches; returns when it is gone.
 fn trace(pid: u32, at: usize, seen: &AtomicUsize, watching: &Sender<()>) {
     let pid = Pid::from_raw(pid as i32);
     let mut seized = std::collections::BTreeSet::new();
@@ -67,9 +86,8 @@ fn trace(pid: u32, at: usize, seen: &AtomicUsize, watching: &Sender<()>) {
     loop {
         let (tid, signal) = match waitpid(Pid::from_raw(-1), Some(flags)) {
             Ok(WaitStatus::PtraceSyscall(tid)) => {
-                // ENOSYS in rax marks the entry.
+                // The arguments are in their registers at the exit, too.
                 if let Ok(regs) = ptrace::getregs(tid)
-                    && regs.rax as i64 == -i64::from(libc::ENOSYS)
                     && changes(pid, &regs)
                     && seen.fetch_add(1, Ordering::SeqCst) + 1 == at
                 {
@@ -100,33 +118,131 @@ enum Step {
     Unpublish,
     Unstage,
     Delete,
+    Snapshot,
+    Restore,
+    Clone,
+    DropSnapshot,
+    Group,
+    DropGroup,
+    Expand,
+    NodeExpand,
+    Modify,
 }
+use Step::*;
 
-const LIFE: [Step; 12] = {
-    use Step::*;
-    [Create, Stage, Publish, Write, Unpublish, Unstage, Stage, Publish, Check, Unpublish, Unstage, Delete]
-};
+const LIFE: [Step; 12] =
+    [Create, Stage, Publish, Write, Unpublish, Unstage, Stage, Publish, Check, Unpublish, Unstage, Delete];
 
 const DATA: &[u8] = &[0x5a; 4096];
 
-/// One try of one step. `Ok(false)` when the driver did not answer.
-async fn attempt(driver: &Driver, step: Step, calls: &mut Calls) -> Result<bool, tonic::Status> {
-    let Ok(channel) = driver.try_channel().await else { return Ok(false) };
-    let (mut controller, mut node) = (
-        keelway_csi::csi::controller_client::ControllerClient::new(channel.clone()),
-        keelway_csi::csi::node_client::NodeClient::new(channel),
-    );
-    let outcome = match step {
-        Step::Create => {
-            let request = create("pvc-1", 16 * MIB, &calls.capability, &[]);
-            controller.create_volume(request).await.map(|made| calls.id = made.into_inner().volume.unwrap().volume_id)
+/// What is lived through: steps before the tracer watches, and those that it watches.
+#[derive(Clone)]
+struct Scenario {
+    name: &'static str,
+    /// The pool's filesystem, when it is not the host's.
+    pool: Option<&'static str>,
+    class: &'static [(&'static str, &'static str)],
+    flags: &'static [&'static str],
+    capability: VolumeCapability,
+    mebibytes: i64,
+    before: &'static [Step],
+    watched: &'static [Step],
+    /// Fewer changes would mean that the tracer saw nothing.
+    least: usize,
+}
+
+/// The requests, and what came of them.
+struct World {
+    calls: Calls,
+    class: &'static [(&'static str, &'static str)],
+    size: i64,
+    snapshot: String,
+    group: (String, Vec<String>),
+    restored: String,
+    clone: String,
+}
+
+impl World {
+    fn made(&self, name: &str, from: Option<Type>) -> csi::CreateVolumeRequest {
+        let source = from.map(|kind| csi::VolumeContentSource { r#type: Some(kind) });
+        csi::CreateVolumeRequest {
+            volume_content_source: source,
+            ..create(name, self.size, &self.calls.capability, self.class)
         }
-        Step::Stage => node.node_stage_volume(calls.stage()).await.map(drop),
-        Step::Publish => node.node_publish_volume(calls.publish()).await.map(drop),
-        Step::Unpublish => node.node_unpublish_volume(calls.unpublish()).await.map(drop),
-        Step::Unstage => node.node_unstage_volume(calls.unstage()).await.map(drop),
-        Step::Delete => controller.delete_volume(calls.delete()).await.map(drop),
-        Step::Write | Step::Check => Ok(()),
+    }
+}
+
+/// One try of one step. `Ok(false)` when the driver did not answer.
+async fn attempt(driver: &Driver, step: Step, world: &mut World) -> Result<bool, tonic::Status> {
+    let Ok(channel) = driver.try_channel().await else { return Ok(false) };
+    let mut controller = keelway_csi::csi::controller_client::ControllerClient::new(channel.clone());
+    let mut groups = keelway_csi::csi::group_controller_client::GroupControllerClient::new(channel.clone());
+    let mut node = keelway_csi::csi::node_client::NodeClient::new(channel);
+    let id = |made: tonic::Response<csi::CreateVolumeResponse>| made.into_inner().volume.unwrap().volume_id;
+    let volume_id = world.calls.id.clone();
+    let range = Some(csi::CapacityRange { required_bytes: world.size * 2, limit_bytes: 0 });
+    let outcome = match step {
+        Create => controller.create_volume(world.made("pvc-1", None)).await.map(|made| world.calls.id = id(made)),
+        Stage => node.node_stage_volume(world.calls.stage()).await.map(drop),
+        Publish => node.node_publish_volume(world.calls.publish()).await.map(drop),
+        Unpublish => node.node_unpublish_volume(world.calls.unpublish()).await.map(drop),
+        Unstage => node.node_unstage_volume(world.calls.unstage()).await.map(drop),
+        Delete => controller.delete_volume(world.calls.delete()).await.map(drop),
+        Write | Check => Ok(()),
+        Snapshot => {
+            let request =
+                csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: volume_id, ..Default::default() };
+            let taken = controller.create_snapshot(request).await;
+            taken.map(|taken| world.snapshot = taken.into_inner().snapshot.unwrap().snapshot_id)
+        }
+        Restore => {
+            let from = Type::Snapshot(SnapshotSource { snapshot_id: world.snapshot.clone() });
+            controller.create_volume(world.made("restored", Some(from))).await.map(|made| world.restored = id(made))
+        }
+        Clone => {
+            let from = Type::Volume(VolumeSource { volume_id });
+            controller.create_volume(world.made("clone", Some(from))).await.map(|made| world.clone = id(made))
+        }
+        DropSnapshot => {
+            let request = csi::DeleteSnapshotRequest { snapshot_id: world.snapshot.clone(), ..Default::default() };
+            controller.delete_snapshot(request).await.map(drop)
+        }
+        Group => {
+            let source_volume_ids = vec![volume_id, world.clone.clone()];
+            let request =
+                csi::CreateVolumeGroupSnapshotRequest { name: "g".into(), source_volume_ids, ..Default::default() };
+            groups.create_volume_group_snapshot(request).await.map(|made| {
+                let group = made.into_inner().group_snapshot.unwrap();
+                let members = group.snapshots.into_iter().map(|snapshot| snapshot.snapshot_id).collect();
+                world.group = (group.group_snapshot_id, members);
+            })
+        }
+        DropGroup => {
+            let (group_snapshot_id, snapshot_ids) = world.group.clone();
+            let request =
+                csi::DeleteVolumeGroupSnapshotRequest { group_snapshot_id, snapshot_ids, ..Default::default() };
+            groups.delete_volume_group_snapshot(request).await.map(drop)
+        }
+        Expand => {
+            let request = csi::ControllerExpandVolumeRequest { volume_id, capacity_range: range, ..Default::default() };
+            controller.controller_expand_volume(request).await.map(drop)
+        }
+        NodeExpand => {
+            let (volume_path, staging_target_path) = (world.calls.target.clone(), world.calls.staging.clone());
+            let request = csi::NodeExpandVolumeRequest {
+                volume_id,
+                volume_path,
+                staging_target_path,
+                capacity_range: range,
+                ..Default::default()
+            };
+            node.node_expand_volume(request).await.map(drop)
+        }
+        Modify => {
+            let mutable_parameters = [("readAheadKiB".to_owned(), "512".to_owned())].into();
+            let request = csi::ControllerModifyVolumeRequest { volume_id, mutable_parameters, ..Default::default() };
+            controller.controller_modify_volume(request).await.map(drop)
+        }
     };
     match outcome {
         Ok(()) => Ok(true),
@@ -140,10 +256,36 @@ fn data_path(calls: &Calls) -> String {
     if calls.capability == block() { calls.target.clone() } else { format!("{}/data", calls.target) }
 }
 
-/// Goes through a volume's life, with a kill at the `at`-th change. Returns how many changes there were in all.
-async fn live_and_die(capability: VolumeCapability, at: usize) -> usize {
-    let mut driver = Driver::new();
+fn check(calls: &Calls, when: &str) {
+    let found = std::fs::File::open(data_path(calls)).and_then(|file| {
+        let mut found = vec![0; DATA.len()];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut found, 0).map(|()| found)
+    });
+    assert!(found.is_ok_and(|found| found == DATA), "{when}: the data is lost");
+}
+
+/// Goes through the steps, with a kill at the `at`-th change. Returns how many changes there were in all.
+async fn live_and_die(scenario: &Scenario, at: usize) -> usize {
+    let mut driver = match scenario.pool {
+        Some(fs) => Driver::on(fs, 3072),
+        None => Driver::new(),
+    }
+    .with(scenario.flags);
     let pid = driver.start();
+    let mut world = World {
+        calls: Calls::new(&driver, "", scenario.capability.clone()),
+        class: scenario.class,
+        size: scenario.mebibytes * MIB,
+        snapshot: String::new(),
+        group: Default::default(),
+        restored: String::new(),
+        clone: String::new(),
+    };
+    let when = format!("{}, killed at change {at}", scenario.name);
+    for &step in scenario.before {
+        assert!(attempt(&driver, step, &mut world).await.unwrap(), "{when}: {step:?}");
+        after(step, &driver, &world, &when);
+    }
     let seen = Arc::new(AtomicUsize::new(0));
     let (watching, watched) = channel();
     let tracer = {
@@ -151,12 +293,11 @@ async fn live_and_die(capability: VolumeCapability, at: usize) -> usize {
         std::thread::spawn(move || trace(pid, at, &seen, &watching))
     };
     watched.recv().unwrap();
-    let mut calls = Calls::new(&driver, "", capability);
     let mut killed = false;
-    for step in LIFE {
+    for &step in scenario.watched {
         let start = Instant::now();
         loop {
-            match attempt(&driver, step, &mut calls).await {
+            match attempt(&driver, step, &mut world).await {
                 Ok(true) => break,
                 Ok(false) if !killed => {
                     killed = true;
@@ -168,62 +309,188 @@ async fn live_and_die(capability: VolumeCapability, at: usize) -> usize {
                 }
                 // A mkfs of the driver that was killed still runs.
                 Err(status) if status.code() == Code::Aborted => tokio::time::sleep(Duration::from_millis(5)).await,
-                other => panic!("{step:?}, killed at change {at}: {other:?}"),
+                other => panic!("{when}: {step:?}: {other:?}\n{}", driver.log()),
             }
-            assert!(start.elapsed() < Duration::from_secs(20), "{step:?}, killed at change {at}: no end");
+            assert!(start.elapsed() < Duration::from_secs(20), "{when}: {step:?}: no end");
         }
-        match step {
-            Step::Create => assert_eq!(driver.images().len(), 1, "killed at change {at}"),
-            Step::Write => {
-                let file = std::fs::OpenOptions::new()
-                    .write(true)
-                    .create(true)
-                    .truncate(false)
-                    .open(data_path(&calls))
-                    .unwrap();
-                std::os::unix::fs::FileExt::write_all_at(&file, DATA, 0).unwrap();
-                file.sync_all().unwrap();
-            }
-            Step::Check => {
-                let found = std::fs::File::open(data_path(&calls)).and_then(|file| {
-                    let mut found = vec![0; DATA.len()];
-                    std::os::unix::fs::FileExt::read_exact_at(&file, &mut found, 0).map(|()| found)
-                });
-                assert!(found.is_ok_and(|found| found == DATA), "killed at change {at}: the data is lost");
-            }
-            _ => {}
-        }
+        after(step, &driver, &world, &when);
     }
     if !killed {
         driver.kill();
         tracer.join().unwrap();
+        driver.start();
+    }
+    // What was made of it holds the data, too.
+    let mut node = driver.node().await;
+    if scenario.watched.last() != Some(&Delete) {
+        if scenario.before.contains(&Publish) || scenario.watched.contains(&Publish) {
+            check(&world.calls, &when);
+            node.node_unpublish_volume(world.calls.unpublish()).await.unwrap();
+            node.node_unstage_volume(world.calls.unstage()).await.unwrap();
+        }
+        for id in [&world.restored, &world.clone].into_iter().filter(|id| !id.is_empty()) {
+            let calls = Calls { id: id.clone(), ..world.calls.clone() };
+            node.node_stage_volume(calls.stage()).await.unwrap();
+            node.node_publish_volume(calls.publish()).await.unwrap();
+            check(&calls, &when);
+            node.node_unpublish_volume(calls.unpublish()).await.unwrap();
+            node.node_unstage_volume(calls.unstage()).await.unwrap();
+            driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+        }
+        driver.controller().await.delete_volume(world.calls.delete()).await.unwrap();
     }
     driver.assert_clean();
+    assert!(driver.stop() == Some(0), "{when}");
+    let journal = std::fs::read_to_string(driver.path("state/journal")).unwrap();
+    let begun = journal.matches("\"begin\"").count();
+    assert_eq!(begun, journal.matches("\"end\"").count(), "{when}: an intent is left open\n{journal}");
     seen.load(Ordering::SeqCst)
 }
 
-async fn every_point(name: &str, capability: VolumeCapability) {
+/// What a step means outside of the driver.
+fn after(step: Step, driver: &Driver, world: &World, when: &str) {
+    match step {
+        Create if world.class.is_empty() => assert_eq!(driver.images().len(), 1, "{when}"),
+        Write => {
+            let file = std::fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(data_path(&world.calls))
+                .unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, DATA, 0).unwrap();
+            file.sync_all().unwrap();
+        }
+        Check => check(&world.calls, when),
+        _ => {}
+    }
+}
+
+async fn every_point(scenario: Scenario) {
     common::need_root();
     let start = Instant::now();
     let mut at = 1;
-    while live_and_die(capability.clone(), at).await >= at {
+    while live_and_die(&scenario, at).await >= at {
         at += 1;
     }
+    let name = scenario.name;
     eprintln!("{name}: killed at each of {} changes, nothing lost or left, in {:.1?}", at - 1, start.elapsed());
-    // Fewer would mean that the tracer saw nothing.
-    assert!(at > 60, "only {} changes were seen", at - 1);
+    assert!(at > scenario.least, "only {} changes were seen", at - 1);
 }
+
+const PLAIN: Scenario = Scenario {
+    name: "",
+    pool: None,
+    class: &[],
+    flags: &[],
+    capability: VolumeCapability { access_mode: None, access_type: None },
+    mebibytes: 16,
+    before: &[],
+    watched: &LIFE,
+    least: 120,
+};
+
+const IN_USE: &[Step] = &[Create, Stage, Publish, Write];
 
 #[tokio::test]
 #[ignore = "needs root, loop devices and ptrace"]
 async fn killed_at_every_change_of_a_filesystems_life() {
-    every_point("ext4", mount("ext4")).await;
+    every_point(Scenario { name: "ext4", capability: mount("ext4"), ..PLAIN }).await;
 }
 
 #[tokio::test]
 #[ignore = "needs root, loop devices and ptrace"]
 async fn killed_at_every_change_of_a_block_devices_life() {
-    every_point("block", block()).await;
+    every_point(Scenario { name: "block", capability: block(), ..PLAIN }).await;
+}
+
+#[tokio::test]
+#[ignore = "needs root, loop devices and ptrace"]
+async fn killed_at_every_change_of_copies() {
+    every_point(Scenario {
+        name: "snapshot, restore, clone, group by copy",
+        capability: mount("ext4"),
+        before: IN_USE,
+        watched: &[Snapshot, Restore, Clone, DropSnapshot, Group, DropGroup],
+        least: 100,
+        ..PLAIN
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs root, loop devices, ptrace and XFS"]
+async fn killed_at_every_change_of_shared_blocks() {
+    every_point(Scenario {
+        name: "snapshot, restore, clone by shared blocks on XFS",
+        pool: Some("xfs"),
+        capability: mount("ext4"),
+        before: IN_USE,
+        watched: &[Snapshot, Restore, Clone, DropSnapshot],
+        least: 60,
+        ..PLAIN
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs root, loop devices, ptrace and XFS"]
+async fn killed_at_every_change_of_growth() {
+    every_point(Scenario {
+        name: "growth of XFS in use, and new parameters",
+        capability: mount("xfs"),
+        mebibytes: 300,
+        before: IN_USE,
+        watched: &[Expand, NodeExpand, Modify],
+        least: 30,
+        ..PLAIN
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs root, loop devices, ptrace and btrfs"]
+async fn killed_at_every_change_of_a_subvolumes_life() {
+    every_point(Scenario {
+        name: "subvolumes",
+        pool: Some("btrfs"),
+        class: &[("backend", "btrfs")],
+        flags: &["--backends=btrfs"],
+        capability: mount(""),
+        watched: &[
+            Create,
+            Stage,
+            Publish,
+            Write,
+            Snapshot,
+            Restore,
+            Clone,
+            DropSnapshot,
+            Expand,
+            Unpublish,
+            Unstage,
+            Stage,
+            Publish,
+            Check,
+        ],
+        least: 100,
+        ..PLAIN
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs root and ptrace"]
+async fn killed_at_every_change_of_a_directorys_life() {
+    every_point(Scenario {
+        name: "directories",
+        class: &[("backend", "directory"), ("capacity", "unenforced")],
+        flags: &["--backends=directory"],
+        capability: mount(""),
+        least: 60,
+        ..PLAIN
+    })
+    .await;
 }
 
 /// The pid of a mkfs that has the image as its standard input.

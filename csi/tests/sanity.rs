@@ -86,3 +86,31 @@ fn image_mount_on_xfs() {
     let driver = Driver::on("xfs", 4096).with(&["--max-volumes=32"]);
     run("image, ext4, on XFS", driver, "mount", 64, "backend: image\n", 80);
 }
+
+#[test]
+#[ignore = "needs root, loop devices, btrfs and csi-sanity"]
+fn btrfs_mount() {
+    let driver = Driver::on("btrfs", 4096).with(&["--max-volumes=32", "--backends=btrfs"]);
+    run("btrfs", driver, "mount", 64, "backend: btrfs\n", 80);
+}
+
+#[test]
+#[ignore = "needs root and csi-sanity"]
+fn directory_mount() {
+    let driver = Driver::new().with(&["--max-volumes=32", "--backends=directory"]);
+    run("directory", driver, "mount", 64, "backend: directory\ncapacity: unenforced\n", 50);
+}
+
+#[test]
+#[ignore = "needs root, loop devices and csi-sanity"]
+fn raw_mount() {
+    let driver = Driver::new().disks(16, 64).with(&["--max-volumes=16"]);
+    run("raw, ext4", driver, "mount", 64, "backend: raw\n", 50);
+}
+
+#[test]
+#[ignore = "needs root, loop devices and csi-sanity"]
+fn raw_block() {
+    let driver = Driver::new().disks(16, 64).with(&["--max-volumes=16"]);
+    run("raw, block", driver, "block", 64, "backend: raw\n", 50);
+}

@@ -15,7 +15,7 @@ use rustix::fs::{FallocateFlags, FlockOperation, IFlags, fallocate, flock};
 use rustix::io::Errno;
 
 use super::pool::{MARGIN, Pool, nonce_of, set_nonce};
-use super::{Attached, Backend, Features, GoOn, Locked, New, Origin, SETTLE, damaged, inode_of};
+use super::{Attached, Backend, Features, GoOn, Locked, Made, New, Origin, SETTLE, damaged, inode_of};
 use crate::error::{Context, Error, Result};
 use crate::model::{
     Allocation, BackendKind, Content, FsType, MountOptions, Mutable, Nonce, Record, Snapshot, SnapshotId, VolumeId,
@@ -182,9 +182,9 @@ impl Backend for Images {
         }
     }
 
-    fn create(&self, new: New<'_>, origin: Option<Origin<'_>>, go_on: GoOn<'_>) -> Result<u64> {
+    fn create(&self, new: New<'_>, origin: Option<Origin<'_>>, go_on: GoOn<'_>) -> Result<Made> {
         let name = name(new.id);
-        self.make(&name, new.nonce, |file| {
+        let inode = self.make(&name, new.nonce, |file| {
             match origin {
                 Some(Origin::Snapshot(snapshot)) => {
                     self.fill(&self.verified_snapshot(snapshot)?, file, &name, go_on)?;
@@ -193,7 +193,8 @@ impl Backend for Images {
                 None => {}
             }
             allocate(file, new.size, new.parameters.allocation)
-        })
+        })?;
+        Ok(Made { inode, size: new.size })
     }
 
     fn erase(&self, id: &VolumeId, nonce: &Nonce) -> Result<bool> {

@@ -1,10 +1,17 @@
 //! Where volumes' bytes live. One trait, one file a backend.
 
+mod btrfs;
+mod directory;
 mod image;
 mod pool;
+mod raw;
+mod tree;
 
+pub use btrfs::Subvolumes;
+pub use directory::Directories;
 pub use image::Images;
 pub use pool::Pool;
+pub use raw::Devices;
 
 use std::fs::File;
 use std::time::Duration;
@@ -50,12 +57,23 @@ pub struct New<'a> {
     pub id: &'a VolumeId,
     /// What it will be marked with.
     pub nonce: &'a Nonce,
-    /// Bytes.
+    /// Bytes, at least.
     pub size: u64,
+    /// Bytes, at most, where there is a limit.
+    pub most: Option<u64>,
     /// What it will be handed out as.
     pub content: Content,
     /// What its class says.
     pub parameters: &'a Parameters,
+}
+
+/// Storage that was made.
+#[derive(Clone, Copy, Debug)]
+pub struct Made {
+    /// Its inode number, or what else it is known by in the pool.
+    pub inode: u64,
+    /// Bytes that it has.
+    pub size: u64,
 }
 
 /// What new storage is made from.
@@ -195,6 +213,14 @@ pub trait Backend: Send + Sync {
     /// [`Error::Io`].
     fn free(&self) -> Result<u64>;
 
+    /// The largest volume that could be had now, where it is not all that is free.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn largest(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Bytes that a volume may come to take of the store beyond what it has taken: blocks that were not yet written, or
     /// that it shares.
     ///
@@ -218,11 +244,11 @@ pub trait Backend: Send + Sync {
         Ok(())
     }
 
-    /// Makes storage, durably, blank or with what the origin holds, and returns its inode number.
+    /// Makes storage, durably, blank or with what the origin holds.
     ///
     /// # Errors
     /// [`Error::Io`]; then nothing is left behind, or `erase` finds it.
-    fn create(&self, new: New<'_>, origin: Option<Origin<'_>>, go_on: GoOn<'_>) -> Result<u64>;
+    fn create(&self, new: New<'_>, origin: Option<Origin<'_>>, go_on: GoOn<'_>) -> Result<Made>;
 
     /// Removes storage that `create` made with this nonce; storage with another one is left alone. `false` when there
     /// was none.

@@ -180,7 +180,7 @@ impl Pool {
 /// How much there is that looks like a volume's or a snapshot's storage.
 fn images(path: &Path) -> Result<usize> {
     let list = std::fs::read_dir(path).context(|| format!("list {}", path.display()))?;
-    let ours = |extension: &OsStr| ["img", "snap", "sub", "dir"].iter().any(|ours| extension == *ours);
+    let ours = |extension: &OsStr| ["img", "snap", "sub", "dir", "dev"].iter().any(|ours| extension == *ours);
     Ok(list.flatten().filter(|entry| Path::new(&entry.file_name()).extension().is_some_and(ours)).count())
 }
 

@@ -74,13 +74,13 @@ impl Volumes {
         let mut findings = Vec::new();
         for backend in self.backends.values() {
             let name = backend.kind().as_str();
-            match self.available(backend.kind()) {
+            match self.available(Some(backend.kind())) {
                 Err(error) => findings.push(Finding {
                     severity: Severity::Inaccessible,
                     reason: "StorageUnreachable",
                     message: format!("{name}: {error}"),
                 }),
-                Ok(0) if backend.free().is_ok_and(|free| free == 0) => findings.push(Finding {
+                Ok((0, _)) if backend.free().is_ok_and(|free| free == 0) => findings.push(Finding {
                     severity: Severity::Degraded,
                     reason: "StorageFull",
                     message: format!("{name}: nothing is free, and volumes may still need what they were promised"),

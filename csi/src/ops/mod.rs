@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::backend::{Attached, Backend, Features, Images, Pool};
+use crate::backend::{Attached, Backend, Devices, Directories, Features, Images, Pool, Subvolumes};
 use crate::error::{Context, Error, Result};
 use crate::model::{BackendKind, Nonce, Record, Snapshot, VolumeId};
 use crate::request::TargetPath;
@@ -204,13 +204,12 @@ impl Volumes {
     }
 }
 
-fn open(kind: BackendKind, pool: &Arc<Pool>, _: &Places) -> Result<Box<dyn Backend>> {
+fn open(kind: BackendKind, pool: &Arc<Pool>, places: &Places) -> Result<Box<dyn Backend>> {
     Ok(match kind {
         BackendKind::Image => Box::new(Images::new(pool.clone())?),
-        other => {
-            let expected = "a backend of this build".into();
-            return Err(Error::Invalid { field: "--backends", value: other.as_str().into(), expected });
-        }
+        BackendKind::Btrfs => Box::new(Subvolumes::new(pool.clone())?),
+        BackendKind::Directory => Box::new(Directories::new(pool.clone())),
+        BackendKind::Raw => Box::new(Devices::new(pool.clone(), places.devices.clone())),
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::hold::Hold;
 use super::{Volumes, random};
-use crate::backend::{Backend, New, Origin};
+use crate::backend::{Backend, Made, New, Origin};
 use crate::error::{Error, Result};
 use crate::model::{BackendKind, Content, Mutable, Nonce, Record, Snapshot, Source, State, VolumeId};
 use crate::request::{Create, List, Modify};
@@ -78,8 +78,15 @@ impl Volumes {
         let intent = Intent::Create { id: id.clone(), nonce: nonce.clone(), backend: backend.kind(), from };
         let intent = self.journal.begin(intent)?;
         let made = self.source(&request, backend).and_then(|held| {
-            let new = New { id: &id, nonce: &nonce, size, content: request.content, parameters: &request.parameters };
-            let inode = backend.create(new, held.origin(), &|| held.go_on())?;
+            let new = New {
+                id: &id,
+                nonce: &nonce,
+                size,
+                most: request.most,
+                content: request.content,
+                parameters: &request.parameters,
+            };
+            let Made { inode, size } = backend.create(new, held.origin(), &|| held.go_on())?;
             let (_, formatted, filled) = held.content();
             held.release()?;
             let Create { name, content, parameters, source, mutable, ephemeral, claim, .. } = request;
@@ -163,8 +170,8 @@ impl Volumes {
     pub fn delete(&self, id: &VolumeId) -> Result<()> {
         let Some(record) = self.records.find(id) else { return Ok(()) };
         let backend = self.backend_of(&record)?;
-        // What has no device that would be in use is in use where it is mounted.
-        if record.content == Content::Tree
+        // An image knows that a device is attached to it; what has none of its own is in use where it is mounted.
+        if backend.kind() != BackendKind::Image
             && let Some(tree) = backend.attached(&record)?
             && let Some(mount) = self.mounts(tree.as_ref())?.first()
         {
@@ -211,13 +218,17 @@ impl Volumes {
         (page, token)
     }
 
-    /// Bytes that a new volume of this backend could have.
+    /// Bytes that new volumes of this backend could have, and that one of them could. Without a name it is the one that
+    /// a class without a name has; where that is not served, the first that is.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a backend that is not served, [`Error::Io`].
-    pub fn available(&self, kind: BackendKind) -> Result<u64> {
-        let store = self.backend(kind)?.store();
-        self.promises.unpromised(store, || self.unclaimed(store))
+    pub fn available(&self, kind: Option<BackendKind>) -> Result<(u64, u64)> {
+        let usual = BackendKind::default();
+        let first = || self.backends.keys().find(|&&kind| kind == usual).or(self.backends.keys().next());
+        let backend = self.backend(kind.or_else(|| first().copied()).unwrap_or(usual))?;
+        let all = self.promises.unpromised(backend.store(), || self.unclaimed(backend.store()))?;
+        Ok((all, backend.largest()?.unwrap_or(all).min(all)))
     }
 }
 

@@ -204,8 +204,8 @@ fn reachable(wanted: &csi::TopologyRequirement, node: &str) -> Result<()> {
 pub struct Capacity {
     /// What it would be handed out as, when the request says so.
     pub shape: Option<Shape>,
-    /// Where it would live.
-    pub backend: BackendKind,
+    /// Where it would live, when the class says so.
+    pub backend: Option<BackendKind>,
     /// Whether the question is about this node.
     pub here: bool,
 }
@@ -223,7 +223,7 @@ impl Capacity {
             [] => None,
             capabilities => Some(Usage::parse_all(capabilities)?.0),
         };
-        let backend = request.parameters.get("backend").and_then(|name| name.parse().ok()).unwrap_or_default();
+        let backend = request.parameters.get("backend").and_then(|name| name.parse().ok());
         let here = request
             .accessible_topology
             .as_ref()

@@ -146,19 +146,21 @@ impl Controller for ControllerService {
     ) -> Result<Response<GetCapacityResponse>, Status> {
         let asked = request::Capacity::parse(&request.into_inner(), &self.0.node).map_err(refuse)?;
         let backend = asked.backend;
-        let available = match asked.here {
-            true => self.0.run(None, move |volumes| volumes.available(backend)).await? / GRAIN * GRAIN,
-            false => 0,
+        let (available, largest) = match asked.here {
+            true => self.0.run(None, move |volumes| volumes.available(backend)).await?,
+            false => (0, 0),
         };
+        let (available, largest) = (available / GRAIN * GRAIN, largest / GRAIN * GRAIN);
+        let device = matches!(backend, None | Some(BackendKind::Image | BackendKind::Raw));
         // A volume is at least of the smallest filesystem's size; of which, the class's capability says.
         let least = asked.shape.map(|shape| match shape {
-            Shape::Mount(Some(fs)) if backend == BackendKind::Image => Content::Filesystem(fs).min_size(),
-            Shape::Mount(None) if backend == BackendKind::Image => Content::Filesystem(FsType::Ext4).min_size(),
+            Shape::Mount(Some(fs)) if device => Content::Filesystem(fs).min_size(),
+            Shape::Mount(None) if device => Content::Filesystem(FsType::Ext4).min_size(),
             _ => Content::Raw.min_size(),
         });
         Ok(Response::new(GetCapacityResponse {
             available_capacity: signed(available),
-            maximum_volume_size: Some(signed(available)),
+            maximum_volume_size: Some(signed(largest)),
             minimum_volume_size: least.map(signed),
         }))
     }

@@ -9,19 +9,15 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::Dev;
+use super::{Dev, block};
 use crate::error::{Context, Error, Result};
 
-// linux/loop.h and linux/fs.h.
+// linux/loop.h.
 const LOOP_CLR_FD: u64 = 0x4C01;
 const LOOP_GET_STATUS64: u64 = 0x4C05;
 const LOOP_CONFIGURE: u64 = 0x4C0A;
 const LOOP_CTL_GET_FREE: u64 = 0x4C82;
-const BLKROSET: u64 = 0x125D;
-const BLKROGET: u64 = 0x125E;
 const LOOP_SET_CAPACITY: u64 = 0x4C07;
-const BLKRASET: u64 = 0x1262;
-const BLKGETSIZE64: u64 = 0x8008_1272;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
@@ -81,12 +77,8 @@ mod raw {
     nix::ioctl_none_bad!(loop_ctl_get_free, LOOP_CTL_GET_FREE);
     nix::ioctl_none_bad!(loop_clr_fd, LOOP_CLR_FD);
     nix::ioctl_none_bad!(loop_set_capacity, LOOP_SET_CAPACITY);
-    nix::ioctl_write_int_bad!(blk_ra_set, BLKRASET);
-    nix::ioctl_read_bad!(blk_get_size64, BLKGETSIZE64, u64);
     nix::ioctl_read_bad!(loop_get_status64, LOOP_GET_STATUS64, LoopInfo);
     nix::ioctl_write_ptr_bad!(loop_configure, LOOP_CONFIGURE, LoopConfig);
-    nix::ioctl_write_ptr_bad!(blk_ro_set, BLKROSET, libc::c_int);
-    nix::ioctl_read_bad!(blk_ro_get, BLKROGET, libc::c_int);
 }
 
 /// A bound loop device, held open: as long as this value lives, the device is that one.
@@ -188,11 +180,7 @@ impl LoopDevice {
     /// # Errors
     /// [`Error::Io`].
     pub fn read_only(&self) -> Result<bool> {
-        let mut value = 0;
-        // SAFETY: `value` is the int that this request writes.
-        unsafe { raw::blk_ro_get(self.file.as_raw_fd(), &mut value) }
-            .context(|| format!("ask whether {} is read-only", self.path().display()))?;
-        Ok(value != 0)
+        block::read_only(&self.file)
     }
 
     /// Makes the device refuse writes, or accept them again.
@@ -200,10 +188,7 @@ impl LoopDevice {
     /// # Errors
     /// [`Error::Io`].
     pub fn set_read_only(&self, read_only: bool) -> Result<()> {
-        // SAFETY: the request reads one int, which outlives the call.
-        unsafe { raw::blk_ro_set(self.file.as_raw_fd(), &libc::c_int::from(read_only)) }
-            .context(|| format!("set {} read-only: {read_only}", self.path().display()))?;
-        Ok(())
+        block::set_read_only(&self.file, read_only)
     }
 
     /// Bytes that the device has.
@@ -211,11 +196,7 @@ impl LoopDevice {
     /// # Errors
     /// [`Error::Io`].
     pub fn size(&self) -> Result<u64> {
-        let mut bytes = 0;
-        // SAFETY: `bytes` is the u64 that this request writes.
-        unsafe { raw::blk_get_size64(self.file.as_raw_fd(), &mut bytes) }
-            .context(|| format!("ask for the size of {}", self.path().display()))?;
-        Ok(bytes)
+        block::size(&self.file)
     }
 
     /// Makes the device as large as its file has become.
@@ -234,11 +215,7 @@ impl LoopDevice {
     /// # Errors
     /// [`Error::Io`].
     pub fn read_ahead(&self, kib: u32) -> Result<()> {
-        // In sectors of 512 bytes; `kib` is far below what an int holds.
-        // SAFETY: the request takes a number and writes no memory of ours.
-        unsafe { raw::blk_ra_set(self.file.as_raw_fd(), (kib * 2) as libc::c_int) }
-            .context(|| format!("set the read-ahead of {}", self.path().display()))?;
-        Ok(())
+        block::set_read_ahead(&self.file, kib)
     }
 
     /// Brings what is in the device's own cache to its file.

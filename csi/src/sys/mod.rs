@@ -1,5 +1,7 @@
 //! What is asked of the kernel: loop devices, mounts, paths below the kubelet's directory, mkfs, copies.
 
+pub mod block;
+pub mod btrfs;
 pub mod copy;
 pub mod freeze;
 pub mod group;

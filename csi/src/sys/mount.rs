@@ -44,9 +44,20 @@ pub fn filesystem(source: &Path, device: Dev, fs: FsType, options: &MountOptions
     fsconfig_create(&context).map_err(told)?;
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes(options, read_only)).map_err(told)?;
     // The path was only a name; what counts is that the device below is the one that we bound.
-    // btrfs shows a number of its own, and is asked for the device instead.
+    // btrfs shows a number of its own, and is asked for the device instead: a clone has its origin's identity, and some
+    // kernels would take the one for the other.
+    if fs == FsType::Btrfs {
+        let mount = Detached(mount);
+        let found = super::btrfs::device(mount.root()?).context(|| "ask for the device of a btrfs")?;
+        if found != source {
+            let what = format!("the filesystem mounted from {}", source.display());
+            let (expected, found) = (source.display().to_string(), found.display().to_string());
+            return Err(Error::State { what, expected, found });
+        }
+        return Ok(mount);
+    }
     let found = Dev::from_raw(rustix::fs::fstat(&mount).map_err(told)?.st_dev);
-    if found != device && fs != FsType::Btrfs {
+    if found != device {
         return Err(Error::State {
             what: format!("the filesystem mounted from {}", source.display()),
             expected: format!("device {device}"),

@@ -23,6 +23,7 @@ pub struct Driver {
     pub dir: tempfile::TempDir,
     child: Option<Child>,
     args: Vec<String>,
+    disks: Vec<String>,
 }
 
 /// Tests that need root say so loudly instead of passing.
@@ -37,7 +38,7 @@ impl Driver {
         for name in ["kubelet/staging", "kubelet/pods"] {
             std::fs::create_dir_all(dir.path().join(name)).unwrap();
         }
-        Self { dir, child: None, args: Vec::new() }
+        Self { dir, child: None, args: Vec::new(), disks: Vec::new() }
     }
 
     /// With a pool on a filesystem of its own, of this type and with this many MiB.
@@ -51,9 +52,25 @@ impl Driver {
         driver
     }
 
+    /// With disks of its own, for the raw backend.
+    pub fn disks(mut self, count: usize, mebibytes: u64) -> Self {
+        for n in 0..count {
+            let file = self.path(&format!("disk{n}"));
+            std::fs::File::create(&file).unwrap().set_len(mebibytes << 20).unwrap();
+            self.disks.push(run("losetup", &["--find", "--show", file.to_str().unwrap()]).trim().to_owned());
+        }
+        let list = format!("--raw-devices={}", self.disks.join(","));
+        self.args.extend(["--backends=raw".to_owned(), list]);
+        self
+    }
+
+    pub fn disk(&self, n: usize) -> &str {
+        &self.disks[n]
+    }
+
     /// With more flags.
     pub fn with(mut self, args: &[&str]) -> Self {
-        self.args = args.iter().map(|&arg| arg.to_owned()).collect();
+        self.args.extend(args.iter().map(|&arg| arg.to_owned()));
         self
     }
 
@@ -198,6 +215,9 @@ impl Drop for Driver {
         }
         for device in self.loops() {
             let _ = device.unbind(Duration::from_secs(2));
+        }
+        for disk in &self.disks {
+            let _ = Command::new("losetup").args(["--detach", disk]).output();
         }
         if self.path("pool.disk").exists() {
             let _ = rustix::mount::unmount(self.path("pool"), rustix::mount::UnmountFlags::DETACH);

@@ -1,0 +1,158 @@
+//! Volumes without a device: subvolumes and directories.
+//!
+//! `cargo test -p keelway-csi --test trees -- --ignored`, as root.
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+
+use common::{Calls, Driver, MIB, block, create, mount};
+use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
+use keelway_csi::csi::{self};
+use tonic::Code;
+
+const BTRFS: &[(&str, &str)] = &[("backend", "btrfs")];
+const DIRECTORY: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "unenforced")];
+
+async fn made(driver: &Driver, name: &str, size: i64, class: &[(&str, &str)], from: Option<Type>) -> Calls {
+    let request = csi::CreateVolumeRequest {
+        volume_content_source: from.map(|kind| csi::VolumeContentSource { r#type: Some(kind) }),
+        ..create(name, size, &mount(""), class)
+    };
+    let id = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap().volume_id;
+    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
+    Calls { staging, target, ..Calls::new(driver, &id, mount("")) }
+}
+
+async fn bring(driver: &Driver, calls: &Calls) {
+    let mut node = driver.node().await;
+    node.node_stage_volume(calls.stage()).await.unwrap();
+    node.node_publish_volume(calls.publish()).await.unwrap();
+}
+
+async fn end(driver: &Driver, calls: &Calls) {
+    let mut node = driver.node().await;
+    // In use it stays.
+    let refused = driver.controller().await.delete_volume(calls.delete()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
+    node.node_unstage_volume(calls.unstage()).await.unwrap();
+    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+}
+
+/// How many bytes can be written before the volume is full.
+fn fill(directory: &str, most: usize) -> usize {
+    let mut file = fs::File::create(format!("{directory}/filling")).unwrap();
+    let chunk: Vec<u8> = (0..1 << 20).map(|n: u32| (n ^ n >> 8) as u8).collect();
+    let mut written = 0;
+    while written < most {
+        if file.write_all(&chunk).and_then(|()| file.sync_data()).is_err() {
+            return written;
+        }
+        written += chunk.len();
+    }
+    written
+}
+
+async fn used(driver: &Driver, calls: &Calls) -> csi::VolumeUsage {
+    let request = csi::NodeGetVolumeStatsRequest {
+        volume_id: calls.id.clone(),
+        volume_path: calls.target.clone(),
+        ..Default::default()
+    };
+    driver.node().await.node_get_volume_stats(request).await.unwrap().into_inner().usage[0]
+}
+
+#[tokio::test]
+#[ignore = "needs root and btrfs"]
+async fn subvolumes_hold_their_data_and_their_limit() {
+    let mut driver = Driver::on("btrfs", 2048).with(&["--backends=btrfs"]);
+    driver.start();
+    let first = made(&driver, "first", 64 * MIB, BTRFS, None).await;
+    bring(&driver, &first).await;
+    let options = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let line = options.lines().find(|line| line.contains(&first.target)).unwrap();
+    assert!(line.contains("nosuid") && line.contains("nodev") && line.contains("btrfs"), "{line}");
+    let data = format!("{}/data", first.target);
+    fs::write(&data, "before").unwrap();
+    let request =
+        csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: first.id.clone(), ..Default::default() };
+    let mut controller = driver.controller().await;
+    let taken = controller.create_snapshot(request).await.unwrap().into_inner().snapshot.unwrap().snapshot_id;
+    fs::write(&data, "after").unwrap();
+    let clone = Type::Volume(VolumeSource { volume_id: first.id.clone() });
+    let clone = made(&driver, "clone", 64 * MIB, BTRFS, Some(clone)).await;
+    let restored = Type::Snapshot(SnapshotSource { snapshot_id: taken.clone() });
+    let restored = made(&driver, "restored", 0, BTRFS, Some(restored)).await;
+    for (calls, want) in [(&clone, "after"), (&restored, "before")] {
+        bring(&driver, calls).await;
+        assert_eq!(fs::read_to_string(format!("{}/data", calls.target)).unwrap(), want);
+        fs::write(format!("{}/data", calls.target), "changed").unwrap();
+    }
+    assert_eq!(fs::read_to_string(&data).unwrap(), "after");
+
+    // A pod is held to its size, and a larger one is there at once.
+    let written = fill(&first.target, 128 << 20);
+    assert!((48 << 20..65 << 20).contains(&written), "{written} bytes fit into 64 MiB");
+    let usage = used(&driver, &first).await;
+    assert!(usage.total == 64 * MIB && usage.used > 48 * MIB && usage.used <= 64 * MIB, "{usage:?}");
+    let range = csi::CapacityRange { required_bytes: 128 * MIB, limit_bytes: 0 };
+    let expand = csi::ControllerExpandVolumeRequest {
+        volume_id: first.id.clone(),
+        capacity_range: Some(range),
+        ..Default::default()
+    };
+    let answer = controller.controller_expand_volume(expand).await.unwrap().into_inner();
+    assert!(answer.capacity_bytes == 128 * MIB && !answer.node_expansion_required);
+    let written = fill(&first.target, 256 << 20);
+    assert!((112 << 20..129 << 20).contains(&written), "{written} bytes fit into 128 MiB");
+
+    driver.kill();
+    driver.start();
+    for calls in [&first, &clone, &restored] {
+        bring(&driver, calls).await;
+        end(&driver, calls).await;
+    }
+    let drop = csi::DeleteSnapshotRequest { snapshot_id: taken, ..Default::default() };
+    driver.controller().await.delete_snapshot(drop).await.unwrap();
+    let refused = driver.controller().await.create_volume(create("b", MIB, &block(), BTRFS)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn directories_are_had_by_who_asks_for_their_weakness() {
+    let mut driver = Driver::new().with(&["--backends=directory,image"]);
+    driver.start();
+    let plain = create("a", 16 * MIB, &mount(""), &[("backend", "directory")]);
+    let refused = driver.controller().await.create_volume(plain).await.unwrap_err();
+    assert!(refused.code() == Code::InvalidArgument && refused.message().contains("unenforced"), "{refused}");
+    let other = create("a", 16 * MIB, &mount(""), &[("backend", "btrfs")]);
+    let refused = driver.controller().await.create_volume(other).await.unwrap_err();
+    assert!(refused.code() == Code::InvalidArgument && refused.message().contains("image, directory"), "{refused}");
+
+    let first = made(&driver, "first", 16 * MIB, DIRECTORY, None).await;
+    bring(&driver, &first).await;
+    fs::create_dir(format!("{}/deep", first.target)).unwrap();
+    fs::write(format!("{}/deep/data", first.target), "kept").unwrap();
+    driver.kill();
+    driver.start();
+    bring(&driver, &first).await;
+    assert_eq!(fs::read_to_string(format!("{}/deep/data", first.target)).unwrap(), "kept");
+    let snapshot =
+        csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: first.id.clone(), ..Default::default() };
+    let refused = driver.controller().await.create_snapshot(snapshot).await.unwrap_err();
+    assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("directory"), "{refused}");
+
+    // What a pod leaves behind leads the removal nowhere else (csi-driver-nfs CVE-2026-3864, local-path CVE-2025-62878).
+    let outside = driver.path("outside");
+    fs::create_dir_all(outside.join("precious")).unwrap();
+    symlink(&outside, format!("{}/link", first.target)).unwrap();
+    symlink("../../../..", format!("{}/deep/up", first.target)).unwrap();
+    end(&driver, &first).await;
+    assert!(outside.join("precious").exists());
+    driver.assert_clean();
+}
