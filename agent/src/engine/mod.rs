@@ -201,6 +201,8 @@ pub struct Engine {
     tunnels: Option<usize>,
     problems: BTreeMap<&'static str, String>,
     retry_at: Option<(Instant, Duration)>,
+    /// When the changes of endpoints that wait to be written were read.
+    decoded: Vec<Instant>,
     started: Instant,
 }
 
@@ -278,6 +280,7 @@ impl Engine {
             tunnels: None,
             problems: BTreeMap::new(),
             retry_at: None,
+            decoded: Vec::new(),
             started: Instant::now(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
@@ -364,8 +367,9 @@ impl Engine {
                 self.metrics.service_changed();
                 self.health.change_queued();
             }
-            Object::EndpointSlice(slice, triggered) => {
-                self.services.slice_changed(slice, triggered);
+            Object::EndpointSlice(slice, times) => {
+                self.services.slice_changed(slice, times.happened);
+                self.decoded.push(times.decoded);
                 self.metrics.endpoints_changed();
                 self.health.change_queued();
             }
@@ -496,10 +500,18 @@ impl Engine {
         let now = SystemTime::now();
         let unix = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
         self.metrics.sync_done(started.elapsed().as_secs_f64(), unix, full);
+        let decoded = std::mem::take(&mut self.decoded);
+        if !self.is_synced() {
+            // How long ago the first objects changed says nothing of us (kube-proxy leaves them out as well).
+            return Ok(());
+        }
         for (triggered, ipv6) in programmed {
             if let Ok(late) = now.duration_since(triggered) {
                 self.metrics.endpoint_programmed(late.as_secs_f64(), ipv6);
             }
+        }
+        for decoded in decoded {
+            self.metrics.change_written(decoded.elapsed().as_secs_f64());
         }
         Ok(())
     }

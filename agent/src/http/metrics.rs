@@ -44,6 +44,12 @@ struct KindLabel {
     kind: String,
 }
 
+/// Seconds: close around what one change should take.
+const CHANGE_WRITE: [f64; 18] = [
+    50e-6, 100e-6, 150e-6, 200e-6, 300e-6, 500e-6, 750e-6, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1,
+    0.5, 2.0,
+];
+
 /// Seconds as a float.
 pub type Seconds = Gauge<f64, AtomicU64>;
 
@@ -61,6 +67,7 @@ struct Inner {
     endpoint_changes_pending: Gauge,
     endpoint_changes: Counter,
     programming_duration: Histogram,
+    change_write: Histogram,
     sync_errors: Counter,
     healthz: Family<CodeLabel, Counter>,
     livez: Family<CodeLabel, Counter>,
@@ -139,6 +146,11 @@ impl Metrics {
                 "network_programming_duration_seconds",
                 "From the change of an endpoint, by its own time stamp, to the kernel",
                 programming_duration
+            ),
+            change_write: registered!(
+                "change_write_duration_seconds",
+                "From a decoded change of endpoints to its last write to the kernel",
+                Histogram::new(CHANGE_WRITE)
             ),
             sync_errors: registered!("sync_errors", "Syncs that failed and are retried", Counter::default()),
             healthz: registered!("proxy_healthz", "Answers of /healthz by HTTP status", Family::default()),
@@ -232,6 +244,11 @@ impl Metrics {
     /// So many flows were left to the kernel's own tracking.
     pub fn set_adopted(&self, flows: usize) {
         self.0.adopted.set(flows as i64);
+    }
+
+    /// A change of endpoints was in the kernel `seconds` after it had been read.
+    pub fn change_written(&self, seconds: f64) {
+        self.0.change_write.observe(seconds);
     }
 
     /// So many Services do not fit.

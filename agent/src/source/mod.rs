@@ -11,7 +11,7 @@ mod status;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
 use keelway_policy::model as policy;
@@ -119,6 +119,30 @@ pub struct Node {
     pub eligible: bool,
 }
 
+/// When an object changed, for metrics. It is no part of the object: any two are equal.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// When the change that it reports happened, by its annotation `endpoints.kubernetes.io/last-change-trigger-time`.
+    pub happened: Option<SystemTime>,
+    /// When it was read here.
+    pub decoded: Instant,
+}
+
+impl Times {
+    /// Of an object that was read just now.
+    pub fn now(happened: Option<SystemTime>) -> Self {
+        Self { happened, decoded: Instant::now() }
+    }
+}
+
+impl PartialEq for Times {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Times {}
+
 /// An object in the model of the crate that reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
@@ -128,9 +152,8 @@ pub enum Object {
     Namespace(policy::Namespace),
     /// v1 Service.
     Service(proxy::Service),
-    /// discovery.k8s.io/v1 EndpointSlice, and when the change that it reports happened (its annotation
-    /// `endpoints.kubernetes.io/last-change-trigger-time`), for `network_programming_duration_seconds`.
-    EndpointSlice(proxy::EndpointSlice, Option<SystemTime>),
+    /// discovery.k8s.io/v1 EndpointSlice.
+    EndpointSlice(proxy::EndpointSlice, Times),
     /// networking.k8s.io/v1 NetworkPolicy.
     NetworkPolicy(policy::NetworkPolicy, Version),
     /// v1 Pod.

@@ -175,12 +175,10 @@ pub fn endpoint_slice(
         })
     });
     let endpoints = slice.endpoints.iter().flatten().map(|endpoint| slice_endpoint(endpoint, is_ipv6));
-    let slice = model::EndpointSlice {
-        name,
-        service,
-        ports: ports.collect::<Result<_, _>>()?,
-        endpoints: endpoints.collect::<Result<_, _>>()?,
-    };
+    let mut endpoints: Vec<_> = endpoints.collect::<Result<_, _>>()?;
+    // Of what is kept, most is endpoints.
+    endpoints.shrink_to_fit();
+    let slice = model::EndpointSlice { name, service, ports: ports.collect::<Result<_, _>>()?, endpoints };
     Ok(Some((slice, triggered(metadata))))
 }
 
@@ -194,8 +192,10 @@ fn slice_endpoint(endpoint: &discovery::Endpoint, is_ipv6: bool) -> Result<model
         }
         parsed => parsed,
     };
+    let mut addresses: Vec<_> = endpoint.addresses.iter().map(one).collect::<Result<_, _>>()?;
+    addresses.shrink_to_fit();
     Ok(model::SliceEndpoint {
-        addresses: endpoint.addresses.iter().map(one).collect::<Result<_, _>>()?,
+        addresses,
         ready,
         serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
         terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),

@@ -15,7 +15,7 @@ use ::kube::{Api, Config};
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 use tokio::sync::mpsc;
 
-use super::{Event, Kind, Object, Source, Status, Version, convert};
+use super::{Event, Kind, Object, Source, Status, Times, Version, convert};
 use dial::Dialer;
 pub use policies::{ListError, PolicyLister};
 use remember::Remembered;
@@ -147,7 +147,7 @@ impl Source for Kubernetes {
                     {
                         dialer.set_servers(&urls);
                     }
-                    Ok(converted.map(|(slice, triggered)| Object::EndpointSlice(slice, triggered)))
+                    Ok(converted.map(|(slice, happened)| Object::EndpointSlice(slice, Times::now(happened))))
                 },
                 no_fallback,
             ),
