@@ -50,6 +50,21 @@ enum Command {
     ///
     /// Exit status 3 when the first sync is not done, a program is not attached or something is wrong.
     Status,
+    /// Local volumes of this node: claim, backend, size, use, snapshots, health, pods, mounts; what belongs to none.
+    ///
+    /// From the driver's socket and records: those answer without the driver, too. Exit status 3 when a volume is not well or
+    /// something has no owner.
+    Volumes {
+        /// The driver's records.
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/keelway/csi")]
+        state_dir: PathBuf,
+        /// The volumes' storage.
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/keelway/pool")]
+        pool_dir: PathBuf,
+        /// The kubelet's directory.
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/kubelet")]
+        kubelet_dir: PathBuf,
+    },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -75,7 +90,28 @@ fn main() -> ExitCode {
 
 /// Whether all is well.
 async fn run(cli: &Cli) -> anyhow::Result<bool> {
-    match cli.command {
+    match &cli.command {
+        Command::Volumes { state_dir, pool_dir, kubelet_dir } => {
+            let listed = volumes::list(&cli.csi_socket, TIMEOUT).await;
+            anyhow::ensure!(
+                state_dir.exists() || !matches!(listed, volumes::Volumes::NoDriver),
+                "{}: no such directory, and no driver listens at {}: this node has no local volumes",
+                state_dir.display(),
+                cli.csi_socket.display()
+            );
+            let places = volumes::local::Places {
+                state: state_dir.clone(),
+                pool: pool_dir.clone(),
+                kubelet: kubelet_dir.clone(),
+            };
+            let driver = volumes::socket::Driver::dial(&cli.csi_socket, TIMEOUT).await;
+            let listing = volumes::local::gather(&places, &driver).await?;
+            print(&match cli.output {
+                Output::Table => volumes::show::table(&listing, &listed),
+                Output::Json => format!("{:#}\n", volumes::show::json(&listing, &listed)),
+            })?;
+            Ok(volumes::show::is_well(&listing, &listed))
+        }
         Command::Status => {
             let mut client = InspectClient::new(connect(cli).await?);
             let answer = tokio::time::timeout(TIMEOUT, client.node_status(NodeStatusRequest {}));

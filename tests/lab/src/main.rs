@@ -113,9 +113,9 @@ enum ClusterCommand {
     },
     /// Install Keelway, from this workspace's programs and manifests, and CoreDNS.
     Install {
-        /// Also what snapshots need: upstream's definitions and snapshot-controller, and our csi-snapshotter.
+        /// Also all for volumes: a disk for each node's pool, and what snapshots need.
         #[arg(long)]
-        snapshots: bool,
+        storage: bool,
     },
     /// Import an image archive on every node.
     Load {
@@ -225,12 +225,15 @@ fn cluster(id: &str, command: ClusterCommand) -> Result<i32> {
             return Ok(status.code().unwrap_or(1));
         }
         ClusterCommand::Exec { host, argv } => return exec(&Lab::open(id)?, &host, &argv),
-        ClusterCommand::Install { snapshots } => {
+        ClusterCommand::Install { storage } => {
             let cluster = Cluster::open(id)?;
+            if storage {
+                cluster::install::pools(&cluster)?;
+            }
             cluster::install::keelway(&cluster)?;
             cluster::demo::ready(&cluster)?;
             cluster::install::coredns(&cluster)?;
-            if snapshots {
+            if storage {
                 cluster::install::snapshots(&cluster)?;
             }
         }

@@ -81,12 +81,12 @@ pub fn write(bin: &Path, dir: &Path) -> Result<Vec<PathBuf>> {
 fn tools(image: Image) -> Result<Image> {
     // busybox's own shell would run its own nc whatever stands in /bin; a static wget of glibc's falls over itself.
     let image = image
-        .busybox(&["sh", "ash", "nc", "wget"])?
+        .busybox(&["sh", "ash", "nc", "dd", "wget"])?
         .file(&sh::system("dash")?, "/bin/sh")?
         .file(&sh::system("nc.openbsd")?, "/bin/nc")?;
     // As busybox's, it is to give up at once.
     let image = image.text("/etc/wgetrc", "tries = 1\n");
-    ["curl", "dig", "socat", "getent", "wget"]
+    ["curl", "dd", "dig", "socat", "getent", "wget"]
         .iter()
         .try_fold(image, |image, name| image.file(&sh::system(name)?, &format!("/usr/bin/{name}")))
 }

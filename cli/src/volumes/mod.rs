@@ -1,5 +1,9 @@
 //! This node's local volumes, asked of the CSI driver's own socket.
 
+pub mod local;
+pub mod show;
+pub mod socket;
+
 use std::path::Path;
 use std::time::Duration;
 
