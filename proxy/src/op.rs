@@ -11,10 +11,10 @@ use crate::model::Protocol;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Origin {
-    /// All; with [`flags::OUTSIDE_DIFFERS`], the cluster's pods and this node's processes.
+    /// All; with [`flags::OUTSIDE_DIFFERS`], this node's pods and processes.
     #[default]
     Anyone = 0,
-    /// Those outside of the cluster.
+    /// Those outside of the node: other nodes, and their pods, too.
     Outside = 1,
 }
 

@@ -12,7 +12,7 @@ use crate::op::{Backend, Dump, Frontend, FrontendKey, Op, Origin, SlotKey, flags
 pub enum Place {
     /// A process in this node's own network namespace.
     Host,
-    /// A pod of the cluster.
+    /// A pod of this node.
     Pod,
     /// Anywhere else.
     Outside,

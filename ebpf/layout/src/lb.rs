@@ -6,10 +6,10 @@ use crate::{Addr, Port};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum From {
-    /// Anywhere; also the node itself and the cluster's pods where [`frontend_flags::OUTSIDE_DIFFERS`].
+    /// Anywhere; the node itself and its pods where [`frontend_flags::OUTSIDE_DIFFERS`].
     #[default]
     Anyone = 0,
-    /// Outside of the cluster.
+    /// Outside of the node: other nodes, and their pods, too.
     Outside = 1,
 }
 
@@ -69,7 +69,7 @@ pub mod frontend_flags {
     pub const NODE_ADDRESS: u32 = 4;
     /// With [`NODE_ADDRESS`]: for processes of the host's own network namespace only.
     pub const HOST_ONLY: u32 = 8;
-    /// Packets from outside of the cluster have an entry of their own.
+    /// Packets from outside of the node have an entry of their own.
     pub const OUTSIDE_DIFFERS: u32 = 16;
     /// Only clients of the frontend's ranges are served.
     pub const SOURCE_RANGES: u32 = 32;

@@ -21,9 +21,9 @@ const STACK_UDP: u64 = 30 * SECOND;
 pub enum Client {
     /// A process in the node's own network namespace.
     Host,
-    /// A pod, of this node or another.
+    /// A pod of this node.
     Pod,
-    /// Anyone else.
+    /// Anyone else, pods of other nodes too.
     Outside,
 }
 

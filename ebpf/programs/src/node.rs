@@ -45,7 +45,7 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
             if packet.kind == Kind::IcmpError {
                 return Ok(service::arrive_error(skb, packet, now, account)?.unwrap_or(OK));
             }
-            service::arrive(skb, packet, node, client(node, packet), now, account)
+            service::arrive(skb, packet, node, Client::Outside, now, account)
         }
     }
 }
@@ -81,7 +81,8 @@ pub fn from_tunnel(
     if packet.kind == Kind::IcmpError {
         return Ok(OK);
     }
-    service::arrive(skb, packet, node, Client::Pod, now, account)
+    // Who dials a node picked it: to that node's policy a pod of another one comes from outside.
+    service::arrive(skb, packet, node, Client::Outside, now, account)
 }
 
 /// A packet from the network does not come from this node (whom no rule holds off), nor from one of its pods, nor, where there is a
@@ -99,12 +100,6 @@ pub fn genuine(node: &NodeConfig, packet: &Packet) -> Result<(), Reason> {
         return Err(Reason::UntunnelledPod);
     }
     Ok(())
-}
-
-#[inline(always)]
-fn client(node: &NodeConfig, packet: &Packet) -> Client {
-    let routed = node.flags & node_flags::VXLAN == 0;
-    if routed && identity_of(&packet.tuple.src) >= identity::FIRST_POD { Client::Pod } else { Client::Outside }
 }
 
 /// A packet to the network.

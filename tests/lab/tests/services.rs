@@ -164,6 +164,7 @@ fn external_traffic_policy_local_keeps_the_client_and_the_node() {
     let s = standalone_or_skip!(2);
     let a = s.pod(2, "a", &[]).unwrap();
     let b = s.pod(1, "b", &[]).unwrap();
+    let c = s.pod(1, "c", &[]).unwrap();
     let local = node_port("TCP", &json!({"externalTrafficPolicy": "Local"}));
     s.put_service("np", &local, &json!({}), &[Backend::pod(&s, &b)]).unwrap();
     for v6 in [false, true] {
@@ -173,9 +174,16 @@ fn external_traffic_policy_local_keeps_the_client_and_the_node() {
         answered_by(&report, &["b"]);
         assert_eq!(report.seen_as.keys().collect::<Vec<_>>(), [&of(&s.lab.outside, v6).to_string()], "{report:?}");
         all_fail(&ask_from(&s.lab.outside, &[&has_not, "--count", "2", "--timeout", "300"]), "timeout");
-        // Pods and the node itself are not "external".
+        // The node itself and its pods are not "external".
         answered_by(&s.probe(&a, &["ask", &has_not, "--count", "5"]).unwrap(), &["b"]);
         answered_by(&s.probe_on_node(2, &["ask", &has_not, "--count", "5"]).unwrap(), &["b"]);
+        // Other nodes and their pods are: who picks a node meets its policy.
+        let ask = ["ask", &has_not, "--count", "2", "--timeout", "300"];
+        all_fail(&s.probe(&c, &ask).unwrap(), "timeout");
+        all_fail(&s.probe_on_node(1, &ask).unwrap(), "timeout");
+        let report = s.probe(&a, &["ask", &has, "--count", "5"]).unwrap();
+        answered_by(&report, &["b"]);
+        assert_eq!(report.seen_as.keys().collect::<Vec<_>>(), [&a.address(v6).to_string()], "{report:?}");
     }
 }
 
