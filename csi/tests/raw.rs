@@ -77,17 +77,89 @@ async fn what_may_hold_data_is_never_taken() {
     assert_eq!(none.code(), Code::ResourceExhausted);
     run("umount", &[mounted.to_str().unwrap()]);
 
-    // Another device where the claimed one was is not it.
+    // A name that leads to another device than it did, as names do after a reboot, is noticed.
     let calls = Calls::new(&driver, &volume.volume_id, block());
-    run("losetup", &["--detach", driver.disk(2)]);
-    let other = driver.path("other");
-    fs::File::create(&other).unwrap().set_len(64 << 20).unwrap();
-    run("losetup", &[driver.disk(2), other.to_str().unwrap()]);
+    fs::write(driver.path("disk0"), vec![0; 64 << 20]).unwrap();
+    let point = |to: &str| {
+        fs::remove_file(driver.by_id(2)).unwrap();
+        std::os::unix::fs::symlink(to, driver.by_id(2)).unwrap();
+    };
+    point(driver.disk(0));
     let refused = driver.node().await.node_stage_volume(calls.stage()).await.unwrap_err();
     assert_eq!(refused.code(), Code::DataLoss, "{refused}");
     assert_eq!(driver.controller().await.delete_volume(calls.delete()).await.unwrap_err().code(), Code::DataLoss);
-    run("losetup", &["--detach", driver.disk(2)]);
-    run("losetup", &[driver.disk(2), driver.path("disk2").to_str().unwrap()]);
+    point(driver.disk(2));
     driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root, loop devices and XFS"]
+async fn a_disk_that_hangs_holds_up_nobody_else() {
+    // The first disk is a file of a filesystem that we can hold still: then writes to the disk do not come back.
+    let mut driver = Driver::new();
+    let (image, below) = (driver.path("below.disk"), driver.path("below"));
+    fs::create_dir(&below).unwrap();
+    fs::File::create(&image).unwrap().set_len(512 << 20).unwrap();
+    run("mkfs.xfs", &["-q", image.to_str().unwrap()]);
+    run("mount", &["-o", "loop", image.to_str().unwrap(), below.to_str().unwrap()]);
+    std::os::unix::fs::symlink("below/disk", driver.path("disk0")).unwrap();
+    fs::File::create(below.join("disk")).unwrap();
+    driver = driver.disks(1, 64).disks(1, 128);
+    driver.start();
+    let kind = mount("ext4");
+    let mut all = Vec::new();
+    for (name, size) in [("hangs", 64), ("works", 128)] {
+        let id = made(&driver, name, size * MIB, &kind).await.unwrap().volume_id;
+        let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
+        let calls = Calls { staging, target, ..Calls::new(&driver, &id, kind.clone()) };
+        let mut node = driver.node().await;
+        node.node_stage_volume(calls.stage()).await.unwrap();
+        node.node_publish_volume(calls.publish()).await.unwrap();
+        fs::write(format!("{}/data", calls.target), vec![7; 1 << 20]).unwrap();
+        all.push(calls);
+    }
+    let (hangs, works) = (all[0].clone(), all[1].clone());
+    run("fsfreeze", &["--freeze", below.to_str().unwrap()]);
+    let mut node = driver.node().await;
+    node.node_unpublish_volume(hangs.unpublish()).await.unwrap();
+    let unstage = hangs.unstage();
+    let waiting = tokio::spawn(async move { node.node_unstage_volume(unstage).await });
+    let start = std::time::Instant::now();
+    let (mut node, mut controller) = (driver.node().await, driver.controller().await);
+    let mut unhealthy = Vec::new();
+    while unhealthy.is_empty() {
+        assert!(start.elapsed().as_secs() < 30 && !waiting.is_finished(), "it is never seen to hang");
+        // All the while the other one is served.
+        let one = std::time::Instant::now();
+        node.node_unpublish_volume(works.unpublish()).await.unwrap();
+        node.node_unstage_volume(works.unstage()).await.unwrap();
+        node.node_stage_volume(works.stage()).await.unwrap();
+        node.node_publish_volume(works.publish()).await.unwrap();
+        assert!(one.elapsed().as_secs() < 4, "held up for {:?}", one.elapsed());
+        let again = node.node_unstage_volume(hangs.unstage()).await.unwrap_err();
+        assert_eq!(again.code(), Code::Aborted);
+        let mut ask = async |id: &String| {
+            let request = csi::ControllerGetVolumeHealthRequest { volume_id: id.clone(), ..Default::default() };
+            let answer = controller.controller_get_volume_health(request).await.unwrap().into_inner();
+            answer.volume_health.unwrap().health_statuses
+        };
+        assert_eq!(ask(&works.id).await, []);
+        unhealthy = ask(&hangs.id).await;
+    }
+    assert_eq!(unhealthy[0].status, csi::VolumeHealthErrorType::Inaccessible as i32, "{unhealthy:?}");
+    run("fsfreeze", &["--unfreeze", below.to_str().unwrap()]);
+    waiting.await.unwrap().unwrap();
+    node.node_stage_volume(hangs.stage()).await.unwrap();
+    node.node_publish_volume(hangs.publish()).await.unwrap();
+    assert_eq!(fs::read(format!("{}/data", hangs.target)).unwrap(), vec![7; 1 << 20]);
+    for calls in [&hangs, &works] {
+        node.node_unpublish_volume(calls.unpublish()).await.unwrap();
+        node.node_unstage_volume(calls.unstage()).await.unwrap();
+        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    }
+    driver.kill();
+    run("losetup", &["--detach", driver.disk(0)]);
+    run("umount", &[below.to_str().unwrap()]);
     driver.assert_clean();
 }

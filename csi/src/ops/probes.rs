@@ -34,6 +34,14 @@ impl Probes {
         self.begin_at(id, Instant::now())
     }
 
+    /// Notes that something else than a look waits for the volume, as its unmounting does. It is not held up.
+    pub fn note(&self, id: &VolumeId) -> Probe {
+        let now = Instant::now();
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry(id.clone()).or_default().push(now);
+        Probe { probes: self.clone(), id: id.clone(), since: now }
+    }
+
     fn begin_at(&self, id: &VolumeId, now: Instant) -> Result<Probe> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let looks = all.entry(id.clone()).or_default();
@@ -56,7 +64,7 @@ impl Probes {
 
 /// That a volume does not answer.
 pub fn hung(id: &VolumeId, since: Duration) -> Error {
-    Error::Hung { id: id.clone(), what: "a look at it has waited", seconds: since.as_secs() }
+    Error::Hung { id: id.clone(), what: "a call has waited for it", seconds: since.as_secs() }
 }
 
 impl Drop for Probe {

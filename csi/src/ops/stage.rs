@@ -22,6 +22,11 @@ pub struct Staging {
 }
 
 impl Staging {
+    /// The volume.
+    pub fn id(&self) -> &crate::model::VolumeId {
+        &self.record.id
+    }
+
     /// Whether there is no filesystem yet.
     pub fn needs_format(&self) -> bool {
         self.record.content.filesystem().is_some() && self.record.state() != State::Formatted

@@ -62,6 +62,21 @@ impl Shared {
         finished(task.await)
     }
 
+    /// Like [`Shared::run`], for what waits for the volume's disk: should that not answer, the volume's health says so.
+    async fn run_on<T: Send + 'static>(
+        &self,
+        id: &VolumeId,
+        act: impl FnOnce(&Volumes) -> Result<T> + Send + 'static,
+    ) -> std::result::Result<T, Status> {
+        let guard = self.volumes.enter(id).map_err(refuse)?;
+        let noted = self.volumes.probes.note(id);
+        self.run(Some(guard), move |volumes| {
+            let _noted = noted;
+            act(volumes)
+        })
+        .await
+    }
+
     /// Like [`Shared::run`], for what may take long: it waits for one of a few slots, and goes on without its caller.
     async fn run_long<T: Send + 'static>(
         &self,

@@ -47,8 +47,8 @@ impl Node for NodeService {
         request: Request<NodeUnstageVolumeRequest>,
     ) -> Result<Response<NodeUnstageVolumeResponse>, Status> {
         let unstage = request::Unstage::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
-        let guard = self.0.volumes.enter(&unstage.id).map_err(refuse)?;
-        self.0.run(Some(guard), move |volumes| volumes.unstage(&unstage)).await?;
+        let id = unstage.id.clone();
+        self.0.run_on(&id, move |volumes| volumes.unstage(&unstage)).await?;
         Ok(Response::new(NodeUnstageVolumeResponse {}))
     }
 
@@ -63,8 +63,8 @@ impl Node for NodeService {
             return Ok(Response::new(NodePublishVolumeResponse {}));
         }
         let publish = request::Publish::parse(request, &self.0.kubelet_dir).map_err(refuse)?;
-        let guard = self.0.volumes.enter(&publish.id).map_err(refuse)?;
-        self.0.run(Some(guard), move |volumes| volumes.publish(&publish)).await?;
+        let id = publish.id.clone();
+        self.0.run_on(&id, move |volumes| volumes.publish(&publish)).await?;
         Ok(Response::new(NodePublishVolumeResponse {}))
     }
 
@@ -81,8 +81,8 @@ impl Node for NodeService {
             return Ok(Response::new(NodeUnpublishVolumeResponse {}));
         }
         let unpublish = request::Unpublish::parse(request, &self.0.kubelet_dir).map_err(refuse)?;
-        let guard = self.0.volumes.enter(&unpublish.id).map_err(refuse)?;
-        self.0.run(Some(guard), move |volumes| volumes.unpublish(&unpublish)).await?;
+        let id = unpublish.id.clone();
+        self.0.run_on(&id, move |volumes| volumes.unpublish(&unpublish)).await?;
         Ok(Response::new(NodeUnpublishVolumeResponse {}))
     }
 
@@ -137,8 +137,8 @@ impl Node for NodeService {
         request: Request<NodeExpandVolumeRequest>,
     ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
         let expand = request::NodeExpand::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
-        let guard = self.0.volumes.enter(&expand.id).map_err(refuse)?;
-        let size = self.0.run(Some(guard), move |volumes| volumes.node_expand(&expand)).await?;
+        let id = expand.id.clone();
+        let size = self.0.run_on(&id, move |volumes| volumes.node_expand(&expand)).await?;
         Ok(Response::new(NodeExpandVolumeResponse { capacity_bytes: signed(size) }))
     }
 
@@ -204,7 +204,7 @@ async fn steps(shared: &Shared, stage: request::Stage) -> crate::error::Result<(
         let volumes = shared.volumes.clone();
         staging = blocking(move || volumes.format(staging)).await?;
     }
-    let volumes = shared.volumes.clone();
+    let (volumes, _noted) = (shared.volumes.clone(), shared.volumes.probes.note(staging.id()));
     blocking(move || volumes.finish(staging)).await
 }
 

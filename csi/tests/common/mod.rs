@@ -54,14 +54,22 @@ impl Driver {
 
     /// With disks of its own, for the raw backend.
     pub fn disks(mut self, count: usize, mebibytes: u64) -> Self {
-        for n in 0..count {
+        for n in self.disks.len()..self.disks.len() + count {
             let file = self.path(&format!("disk{n}"));
             std::fs::File::create(&file).unwrap().set_len(mebibytes << 20).unwrap();
             self.disks.push(run("losetup", &["--find", "--show", file.to_str().unwrap()]).trim().to_owned());
+            std::os::unix::fs::symlink(&self.disks[n], self.by_id(n)).unwrap();
         }
-        let list = format!("--raw-devices={}", self.disks.join(","));
+        let names: Vec<_> = (0..self.disks.len()).map(|n| self.by_id(n).display().to_string()).collect();
+        let list = format!("--raw-devices={}", names.join(","));
+        self.args.retain(|arg| !arg.starts_with("--raw-devices=") && arg != "--backends=raw");
         self.args.extend(["--backends=raw".to_owned(), list]);
         self
+    }
+
+    /// The name by which the driver knows a disk.
+    pub fn by_id(&self, n: usize) -> PathBuf {
+        self.path(&format!("by-id-{n}"))
     }
 
     pub fn disk(&self, n: usize) -> &str {
