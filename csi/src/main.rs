@@ -13,12 +13,13 @@ use keelway_csi::csi::controller_server::ControllerServer;
 use keelway_csi::csi::group_controller_server::GroupControllerServer;
 use keelway_csi::csi::identity_server::IdentityServer;
 use keelway_csi::csi::node_server::NodeServer;
+use keelway_csi::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use keelway_csi::model::BackendKind;
 use keelway_csi::ops::{Places, Volumes};
 use keelway_csi::registration::registration_server::RegistrationServer;
 use keelway_csi::server::{Socket, socket_path};
 use keelway_csi::service::{
-    ControllerService, GroupService, IdentityService, NodeService, RegistrationService, Shared,
+    ControllerService, GroupService, IdentityService, MetadataService, NodeService, RegistrationService, Shared,
 };
 use keelway_csi::sys::freeze;
 use tokio::signal::unix::{SignalKind, signal};
@@ -152,6 +153,8 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         let _ = stopping.wait_for(|&stop| stop).await;
     };
     let serves = |mode| flags.mode == mode || flags.mode == Mode::All;
+    // Before anybody can see that the driver is there, and so think of stopping it.
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut socket = Socket::listen(&endpoint)?;
     let server = Server::builder()
         .add_service(IdentityServer::new(IdentityService { controller: serves(Mode::Controller), features }))
@@ -161,6 +164,10 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         .add_optional_service(
             (serves(Mode::Controller) && features.snapshots)
                 .then(|| GroupControllerServer::new(GroupService(shared.clone()))),
+        )
+        .add_optional_service(
+            (serves(Mode::Controller) && features.tracking)
+                .then(|| SnapshotMetadataServer::new(MetadataService(shared.clone()))),
         )
         .add_optional_service(serves(Mode::Node).then(|| NodeServer::new(NodeService(shared.clone()))))
         .serve_with_incoming_shutdown(socket.incoming(), stopped(stopping.clone()));
@@ -180,7 +187,6 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         None
     };
 
-    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         _ = term.recv() => {}
         _ = int.recv() => {}

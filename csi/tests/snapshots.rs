@@ -521,3 +521,66 @@ async fn shared_blocks_are_promised_to_each_who_has_them() {
     end(&driver, &calls).await;
     driver.assert_clean();
 }
+
+#[tokio::test]
+#[ignore = "needs root, loop devices, XFS and btrfs"]
+async fn what_changed_between_two_snapshots_is_told() {
+    use csi::snapshot_metadata_client::SnapshotMetadataClient;
+    for pool in ["xfs", "btrfs"] {
+        let mut driver = Driver::on(pool, 2048);
+        driver.start();
+        let id = made(&driver, "pvc-1", 64 * MIB, &block(), None).await;
+        let calls = calls(&driver, &id, &block());
+        bring(&driver, &calls).await;
+        let write = |at: u64, length: usize, byte: u8| {
+            let device = fs::OpenOptions::new().write(true).open(&calls.target).unwrap();
+            device.write_all_at(&vec![byte; length], at).unwrap();
+            device.sync_all().unwrap();
+        };
+        write(0, 4 << 20, 1);
+        write(32 << 20, 1 << 20, 2);
+        let base = take(&driver, "base", &id).await.snapshot_id;
+        write(1 << 20, 64 << 10, 3);
+        write(48 << 20, 128 << 10, 4);
+        let target = take(&driver, "target", &id).await.snapshot_id;
+
+        let mut metadata = SnapshotMetadataClient::new(driver.channel().await);
+        let asked = |start: i64| csi::GetMetadataDeltaRequest {
+            base_snapshot_id: base.clone(),
+            target_snapshot_id: target.clone(),
+            starting_offset: start,
+            max_results: 1,
+            ..Default::default()
+        };
+        let mut told = Vec::new();
+        let mut stream = metadata.get_metadata_delta(asked(0)).await.unwrap().into_inner();
+        while let Some(message) = stream.message().await.unwrap() {
+            assert!(message.block_metadata.len() <= 1 && message.volume_capacity_bytes == 64 * MIB);
+            told.extend(message.block_metadata.into_iter().map(|block| (block.byte_offset, block.size_bytes)));
+        }
+        // What is told, brought from the target onto the base, makes the target of it; and it is little.
+        let pools: Vec<_> = common::list(&driver.path("pool"));
+        let file = |id: &str| pools.iter().find(|path| path.to_string_lossy().contains(id)).unwrap();
+        let (mut copy, want) = (fs::read(file(&base)).unwrap(), fs::read(file(&target)).unwrap());
+        assert_ne!(copy, want);
+        for &(at, length) in &told {
+            let range = at as usize..(at + length) as usize;
+            copy[range.clone()].copy_from_slice(&want[range]);
+        }
+        assert!(copy == want, "{pool}: {told:?}");
+        let sum: i64 = told.iter().map(|(_, length)| length).sum();
+        assert!((192 << 10..1 << 20).contains(&sum), "{pool}: {told:?}");
+        let outside = metadata.get_metadata_delta(asked(64 * MIB)).await.map(drop).unwrap_err();
+        assert_eq!(outside.code(), Code::OutOfRange);
+
+        let request = csi::GetMetadataAllocatedRequest { snapshot_id: base.clone(), ..Default::default() };
+        let answer = metadata.get_metadata_allocated(request).await.unwrap().into_inner().message().await.unwrap();
+        let sum: i64 = answer.unwrap().block_metadata.iter().map(|block| block.size_bytes).sum();
+        assert_eq!(sum, 5 << 20, "{pool}: what was never written is not told");
+        for id in [&base, &target] {
+            drop_snapshot(&driver, id).await;
+        }
+        end(&driver, &calls).await;
+        driver.assert_clean();
+    }
+}

@@ -137,7 +137,7 @@ impl Backend for Subvolumes {
     }
 
     fn features(&self) -> Features {
-        Features { snapshots: true, expand: true, modify: false }
+        Features { snapshots: true, expand: true, modify: false, tracking: false }
     }
 
     fn free(&self) -> Result<u64> {

@@ -67,7 +67,7 @@ impl Backend for Directories {
     }
 
     fn features(&self) -> Features {
-        Features { snapshots: false, expand: true, modify: false }
+        Features { snapshots: false, expand: true, modify: false, tracking: false }
     }
 
     fn free(&self) -> Result<u64> {

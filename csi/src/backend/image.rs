@@ -18,7 +18,8 @@ use super::pool::{MARGIN, Pool, nonce_of, set_nonce};
 use super::{Attached, Backend, Features, GoOn, Locked, Made, New, Origin, SETTLE, damaged, inode_of};
 use crate::error::{Context, Error, Result};
 use crate::model::{
-    Allocation, BackendKind, Content, FsType, MountOptions, Mutable, Nonce, Record, Snapshot, SnapshotId, VolumeId,
+    Allocation, BackendKind, Content, Extent, FsType, MountOptions, Mutable, Nonce, Record, Snapshot, SnapshotId,
+    VolumeId,
 };
 use crate::state::Store;
 use crate::sys::loopdev::{Binding, LoopDevice, wait_gone};
@@ -156,7 +157,7 @@ impl Backend for Images {
     }
 
     fn features(&self) -> Features {
-        Features { snapshots: true, expand: true, modify: true }
+        Features { snapshots: true, expand: true, modify: true, tracking: self.shares }
     }
 
     fn free(&self) -> Result<u64> {
@@ -271,6 +272,17 @@ impl Backend for Images {
             return Err(damaged(&snapshot.volume, "size of a snapshot", snapshot.size, length));
         }
         Ok(())
+    }
+
+    fn extents(&self, snapshot: &Snapshot) -> Result<Vec<Extent>> {
+        if !self.shares {
+            return Err(super::unsupported(
+                self.kind(),
+                "snapshot metadata",
+                "its pool's filesystem cannot share blocks",
+            ));
+        }
+        copy::extents(&self.verified_snapshot(snapshot)?).context(|| format!("ask where snapshot {} is", snapshot.id))
     }
 
     fn name(&self, id: &VolumeId) -> Option<String> {

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::model::{
-    BackendKind, Content, MountOptions, Mutable, Nonce, Parameters, Record, Snapshot, SnapshotId, VolumeId,
+    BackendKind, Content, Extent, MountOptions, Mutable, Nonce, Parameters, Record, Snapshot, SnapshotId, VolumeId,
 };
 use crate::state::Store;
 use crate::sys::mount::Detached;
@@ -48,6 +48,8 @@ pub struct Features {
     pub expand: bool,
     /// Mutable parameters.
     pub modify: bool,
+    /// It is known where the data of snapshots is, and what two of them differ in.
+    pub tracking: bool,
 }
 
 /// Storage to be made.
@@ -316,6 +318,14 @@ pub trait Backend: Send + Sync {
     /// [`Error::Damaged`], [`Error::Io`].
     fn check_snapshot(&self, _: &Snapshot) -> Result<()> {
         Ok(())
+    }
+
+    /// Where a snapshot's data is on the disk, in order.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], [`Error::Damaged`], [`Error::Io`].
+    fn extents(&self, _: &Snapshot) -> Result<Vec<Extent>> {
+        Err(unsupported(self.kind(), "snapshot metadata", "images whose pool can share blocks can"))
     }
 
     /// The name in the pool of a volume's storage, where it has one.

@@ -167,7 +167,7 @@ impl Backend for Devices {
     }
 
     fn features(&self) -> Features {
-        Features { snapshots: false, expand: false, modify: true }
+        Features { snapshots: false, expand: false, modify: true, tracking: false }
     }
 
     fn free(&self) -> Result<u64> {

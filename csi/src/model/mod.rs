@@ -1,11 +1,13 @@
 //! What a volume is: values and rules, without any input or output.
 
+mod changes;
 mod id;
 mod mount_options;
 mod parameters;
 mod record;
 mod snapshot;
 
+pub use changes::{Extent, Range, allocated, changed};
 pub use id::{GroupId, Nonce, SnapshotId, VolumeId};
 pub(crate) use id::{hex, printable};
 pub use mount_options::MountOptions;

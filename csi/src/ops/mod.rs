@@ -127,6 +127,7 @@ impl Volumes {
             snapshots: all.snapshots || one.snapshots,
             expand: all.expand || one.expand,
             modify: all.modify || one.modify,
+            tracking: all.tracking || one.tracking,
         })
     }
 

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::{Volumes, random};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::model::{Group, Nonce, Record, Snapshot, SnapshotId, Taken};
+use crate::model::{Group, Nonce, Range, Record, Snapshot, SnapshotId, Taken, allocated, changed};
 use crate::request::{List, ListSnapshots, Take};
 use crate::state::Intent;
 
@@ -104,6 +104,32 @@ impl Volumes {
         self.snapshots.get(id)
     }
 
+    /// Where there is data in a snapshot, from `start` on, and its size.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSnapshot`], [`Error::OutOfRange`], [`Error::Unsupported`], [`Error::Io`].
+    pub fn allocated(&self, id: &SnapshotId, start: u64) -> Result<(u64, Vec<Range>)> {
+        let snapshot = self.snapshots.get(id)?;
+        within(&snapshot, start)?;
+        let extents = self.backend(snapshot.parameters.backend)?.extents(&snapshot)?;
+        Ok((snapshot.size, allocated(&extents, start)))
+    }
+
+    /// Where two snapshots of a volume may differ, from `start` on, and the target's size.
+    ///
+    /// # Errors
+    /// As [`Volumes::allocated`], and [`Error::Invalid`] for snapshots of different volumes.
+    pub fn changed(&self, base: &SnapshotId, target: &SnapshotId, start: u64) -> Result<(u64, Vec<Range>)> {
+        let (base, target) = (self.snapshots.get(base)?, self.snapshots.get(target)?);
+        if base.volume != target.volume {
+            let expected = format!("of volume {}, as the target is", target.volume);
+            return Err(Error::Invalid { field: "base_snapshot_id", value: base.id.to_string(), expected });
+        }
+        within(&target, start)?;
+        let backend = self.backend(target.parameters.backend)?;
+        Ok((target.size, changed(&backend.extents(&base)?, &backend.extents(&target)?, start)))
+    }
+
     /// A page of snapshots, and the token for the next one.
     pub fn snapshots(&self, request: &ListSnapshots) -> (Vec<Snapshot>, Option<String>) {
         let wanted = |snapshot: &Snapshot| {
@@ -114,6 +140,13 @@ impl Volumes {
         let token = page.last().filter(|_| more).map(|last| List::token(last.seq));
         (page, token)
     }
+}
+
+fn within(snapshot: &Snapshot, start: u64) -> Result<()> {
+    if start < snapshot.size {
+        return Ok(());
+    }
+    Err(Error::OutOfRange { wanted: start, why: format!("starting_offset: the snapshot has {} bytes", snapshot.size) })
 }
 
 /// A snapshot's storage.

@@ -46,6 +46,9 @@ impl Identity for IdentityService {
             // 5.6 compares that topology by the private state of its protobuf messages, which no driver can pass.
             types.push(service::Type::GroupControllerService);
         }
+        if self.controller && self.features.tracking {
+            types.push(service::Type::SnapshotMetadataService);
+        }
         let capability =
             |kind: service::Type| PluginCapability { r#type: Some(Type::Service(Service { r#type: kind as i32 })) };
         let mut capabilities: Vec<_> = types.into_iter().map(capability).collect();

@@ -4,12 +4,14 @@ mod controller;
 mod group;
 mod health;
 mod identity;
+mod metadata;
 mod node;
 mod register;
 
 pub use controller::ControllerService;
 pub use group::GroupService;
 pub use identity::IdentityService;
+pub use metadata::MetadataService;
 pub use node::NodeService;
 pub use register::RegistrationService;
 

@@ -8,19 +8,22 @@ use std::os::fd::AsRawFd;
 use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
+use crate::model::Extent;
+
 /// Bytes that are copied between two looks at whether to go on.
 const CHUNK: usize = 8 << 20;
 // linux/fs.h, linux/fiemap.h.
 const FS_IOC_FIEMAP: u64 = 0xC020_660B;
 const FIEMAP_EXTENT_LAST: u32 = 1;
 const FIEMAP_EXTENT_SHARED: u32 = 0x2000;
+const FIEMAP_EXTENT_UNWRITTEN: u32 = 0x800;
 /// Extents asked for at a time.
 const EXTENTS: usize = 512;
 
 /// `struct fiemap_extent`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Extent {
+struct RawExtent {
     logical: u64,
     physical: u64,
     length: u64,
@@ -38,7 +41,7 @@ struct Fiemap {
     mapped: u32,
     count: u32,
     reserved: u32,
-    extents: [Extent; EXTENTS],
+    extents: [RawExtent; EXTENTS],
 }
 
 mod raw {
@@ -93,7 +96,31 @@ pub fn copy(from: &File, to: &File, length: u64, go_on: &dyn Fn() -> io::Result<
 /// # Errors
 /// The system's.
 pub fn shared_bytes(file: &File) -> io::Result<u64> {
-    let blank = Extent { logical: 0, physical: 0, length: 0, reserved64: [0; 2], flags: 0, reserved: [0; 3] };
+    let mut shared = 0;
+    walk(file, |extent| {
+        if extent.flags & FIEMAP_EXTENT_SHARED != 0 {
+            shared += extent.length;
+        }
+    })?;
+    Ok(shared)
+}
+
+/// Where a file's data is, in order; what was allocated and never written is none.
+///
+/// # Errors
+/// The system's.
+pub fn extents(file: &File) -> io::Result<Vec<Extent>> {
+    let mut all = Vec::new();
+    walk(file, |extent| {
+        if extent.flags & FIEMAP_EXTENT_UNWRITTEN == 0 {
+            all.push(Extent { offset: extent.logical, length: extent.length, physical: extent.physical });
+        }
+    })?;
+    Ok(all)
+}
+
+fn walk(file: &File, mut visit: impl FnMut(&RawExtent)) -> io::Result<()> {
+    let blank = RawExtent { logical: 0, physical: 0, length: 0, reserved64: [0; 2], flags: 0, reserved: [0; 3] };
     let count = u32::try_from(EXTENTS).unwrap_or(u32::MAX);
     let mut map = Box::new(Fiemap {
         start: 0,
@@ -104,19 +131,18 @@ pub fn shared_bytes(file: &File) -> io::Result<u64> {
         reserved: 0,
         extents: [blank; EXTENTS],
     });
-    let mut shared = 0;
     loop {
         // SAFETY: `map` is the struct that this request reads and writes, with room for as many extents as it says.
         match unsafe { raw::fiemap(file.as_raw_fd(), &mut *map) } {
             Ok(_) => {}
-            Err(nix::Error::EOPNOTSUPP | nix::Error::ENOTTY) => return Ok(0),
+            Err(nix::Error::EOPNOTSUPP | nix::Error::ENOTTY) => return Ok(()),
             Err(error) => return Err(error.into()),
         }
-        let extents = &map.extents[..(map.mapped as usize).min(EXTENTS)];
-        shared += extents.iter().filter(|e| e.flags & FIEMAP_EXTENT_SHARED != 0).map(|e| e.length).sum::<u64>();
-        match extents.last() {
+        let found = &map.extents[..(map.mapped as usize).min(EXTENTS)];
+        found.iter().for_each(&mut visit);
+        match found.last() {
             Some(last) if last.flags & FIEMAP_EXTENT_LAST == 0 => map.start = last.logical + last.length,
-            _ => return Ok(shared),
+            _ => return Ok(()),
         }
     }
 }
@@ -128,7 +154,7 @@ mod tests {
 
     #[test]
     fn structs_have_the_kernels_size() {
-        assert_eq!((size_of::<Extent>(), std::mem::offset_of!(Fiemap, extents)), (56, 32));
+        assert_eq!((size_of::<RawExtent>(), std::mem::offset_of!(Fiemap, extents)), (56, 32));
     }
 
     #[test]

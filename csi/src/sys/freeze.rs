@@ -58,9 +58,10 @@ impl Frozen {
         let mut frozen = Self { root, helper, socket, since: Instant::now() };
         frozen.socket.set_read_timeout(Some(LONGEST)).context(what)?;
         let mut answer = [0];
-        match frozen.socket.read(&mut answer) {
-            Ok(1) if answer == *b"F" => Ok(frozen),
-            Ok(1) if answer == *b"B" => {
+        // With a time limit on it a read is not taken up again by itself after a signal; `read_exact` does so.
+        match frozen.socket.read_exact(&mut answer) {
+            Ok(()) if answer == *b"F" => Ok(frozen),
+            Ok(()) if answer == *b"B" => {
                 Err(Error::io("hold a filesystem still: somebody else does", rustix::io::Errno::BUSY))
             }
             Ok(_) => Err(Error::io("hold a filesystem still", std::io::Error::other("the helper could not"))),
@@ -88,8 +89,8 @@ impl Frozen {
         let what = || "let a filesystem go";
         self.socket.write_all(b"T").context(what)?;
         let mut answer = [0];
-        match self.socket.read(&mut answer).context(what)? {
-            1 if answer == *b"T" => Ok(()),
+        match self.socket.read_exact(&mut answer) {
+            Ok(()) if answer == *b"T" => Ok(()),
             _ => Err(Error::io(what(), std::io::Error::other("it was not held still to the end"))),
         }
     }
@@ -137,7 +138,7 @@ pub fn helper() -> i32 {
     let mut told = [0];
     let asked = socket.write_all(b"F").is_ok()
         && socket.set_read_timeout(Some(LONGEST)).is_ok()
-        && matches!(socket.read(&mut told), Ok(1));
+        && socket.read_exact(&mut told).is_ok();
     // Only when it was held still to this moment does the driver hear so.
     let thawed = frozen && thaw(&root).unwrap_or(false);
     if asked && thawed {
