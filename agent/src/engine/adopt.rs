@@ -58,6 +58,7 @@ impl Engine {
         let tables = &mut self.datapath.tables;
         let adopted = write(tables, &flows, backend).map_err(|error| EngineError::Kernel(error.to_string()))?;
         tracing::info!(flows = adopted, "a former kube-proxy's connections are left to the kernel's own tracking");
+        self.metrics.set_adopted(adopted);
         Ok(())
     }
 }
