@@ -1,13 +1,19 @@
 //! What `keelway` shows of this node.
 
+use std::sync::Arc;
+
 use keelway_api::v1::inspect_server::Inspect;
-use keelway_api::v1::{Counts, Drop, Hook, MapFill, NodeStatusRequest, NodeStatusResponse, SourceKind};
+use keelway_api::v1::{
+    Counts, Drop, Hook, ListServicesRequest, MapFill, NodeStatusRequest, NodeStatusResponse, ServiceState, SourceKind,
+};
+use keelway_maps::Connections;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
 use crate::config::Config;
-use crate::engine::{Command, EngineStatus, Handle};
+use crate::engine::{Command, EngineStatus, Handle, Selection};
 use crate::host::HostNetwork;
+use crate::services;
 use crate::source::{Kind, Status as SourceStatus};
 
 /// The service.
@@ -24,12 +30,32 @@ pub struct InspectService {
     pub host_problem: watch::Receiver<String>,
     /// Who else does this agent's work here, in words.
     pub neighbours: watch::Receiver<Vec<String>>,
+    /// Counts connections.
+    pub connections: Arc<Connections>,
     /// Health checks that cannot be served, in words.
     pub health_checks: watch::Receiver<Vec<String>>,
 }
 
 #[tonic::async_trait]
 impl Inspect for InspectService {
+    type ListServicesStream = tokio_stream::Iter<std::vec::IntoIter<Result<ServiceState, Status>>>;
+
+    async fn list_services(
+        &self,
+        request: Request<ListServicesRequest>,
+    ) -> Result<Response<Self::ListServicesStream>, Status> {
+        let ListServicesRequest { namespace, name } = request.into_inner();
+        let which = Selection { namespace, name };
+        let listing = self.engine.ask(|reply| Command::Services { which, reply }).await;
+        let listing = listing.ok_or_else(|| Status::unavailable("the agent is stopping"))?;
+        let connections = Arc::clone(&self.connections);
+        // Up to a table's worth of reads, beside the engine and not on a thread that others wait for.
+        let counted = tokio::task::spawn_blocking(move || services::messages(&listing, &connections)).await;
+        let messages = counted.map_err(|error| Status::internal(error.to_string()))?;
+        let messages = messages.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(tokio_stream::iter(messages.into_iter().map(Ok).collect::<Vec<_>>())))
+    }
+
     async fn node_status(&self, _: Request<NodeStatusRequest>) -> Result<Response<NodeStatusResponse>, Status> {
         let engine = self.engine.ask(|reply| Command::Status { reply }).await;
         let engine = engine.ok_or_else(|| Status::unavailable("the agent is stopping"))?;

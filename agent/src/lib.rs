@@ -17,6 +17,7 @@ pub mod neighbours;
 pub mod netfilter;
 pub mod proc_sys;
 pub mod run;
+mod services;
 pub mod sockets;
 pub mod source;
 pub mod sweep;

@@ -111,6 +111,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         metrics: metrics.clone(),
     };
     let sweep = datapath.sweep()?;
+    let connections = Arc::new(datapath.connections()?);
     tokio::spawn(sockets::run(gone, datapath.socket_tables()?));
     let engine = Engine::start(settings, datapath, leases, wiring)?;
     tokio::spawn(sweep::run(sweep, engine.clone(), flows.clone()));
@@ -157,6 +158,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         network,
         host_problem,
         neighbours,
+        connections,
         health_checks: health_check_problems,
     };
     serve_api(&config, attachments.clone(), inspect)?;

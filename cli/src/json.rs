@@ -1,6 +1,6 @@
 //! Answers for programs: the messages of the agent's API with camel-case keys. Keys are added, never renamed.
 
-use keelway_api::v1::NodeStatusResponse;
+use keelway_api::v1::{Backend, NodeStatusResponse, ServiceState};
 use serde_json::{Value, json};
 
 use crate::volumes::Volumes;
@@ -56,4 +56,46 @@ pub fn node_status(status: &NodeStatusResponse, volumes: &Volumes) -> Value {
         })).collect::<Vec<_>>(),
         "problems": problems,
     })
+}
+
+fn backend(backend: &Backend) -> Value {
+    json!({
+        "address": backend.address, "port": backend.port, "state": crate::services::state(backend),
+        "local": backend.local, "connections": backend.connections,
+    })
+}
+
+/// `keelway services -o json`.
+pub fn services(services: &[ServiceState]) -> Value {
+    let frontends = |service: &ServiceState| -> Vec<Value> {
+        let one = |f: &keelway_api::v1::Frontend| {
+            json!({
+                "kind": f.kind, "address": f.address, "port": f.port, "protocol": f.protocol,
+                "clients": crate::services::clients(f), "trafficPolicy": f.policy,
+                "affinitySeconds": f.affinity_seconds, "flags": f.flags, "restricted": f.restricted,
+                "sourceRanges": f.source_ranges, "backends": f.backends.iter().map(backend).collect::<Vec<_>>(),
+            })
+        };
+        service.frontends.iter().map(one).collect()
+    };
+    let one = |service: &ServiceState| {
+        json!({
+            "namespace": service.namespace, "name": service.name, "frontends": frontends(service),
+            "problems": service.problems,
+        })
+    };
+    json!({ "services": services.iter().map(one).collect::<Vec<_>>() })
+}
+
+/// `keelway endpoints -o json`.
+pub fn endpoints(services: &[ServiceState]) -> Value {
+    let one = |row: crate::services::Endpoint<'_>| {
+        let mut value = backend(row.backend);
+        value["namespace"] = row.service.namespace.as_str().into();
+        value["service"] = row.service.name.as_str().into();
+        value["protocol"] = row.protocol.into();
+        value["frontends"] = row.frontends.into();
+        value
+    };
+    json!({ "endpoints": crate::services::rows(services).into_iter().map(one).collect::<Vec<_>>() })
 }

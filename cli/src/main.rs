@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod json;
+mod services;
 mod status;
 mod table;
 mod volumes;
@@ -14,9 +15,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand, ValueEnum};
-use keelway_api::v1::NodeStatusRequest;
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use keelway_api::v1::inspect_client::InspectClient;
+use keelway_api::v1::{ListServicesRequest, NodeStatusRequest, ServiceState};
 
 /// For how long the agent may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -50,6 +51,18 @@ enum Command {
     ///
     /// Exit status 3 when the first sync is not done, a program is not attached or something is wrong.
     Status,
+
+    /// What Services are programmed as on this node: each frontend, its policy, affinity and flags, its backends and connections.
+    ///
+    /// Exit status 3 when something of a listed Service is not in force.
+    Services(Which),
+
+    /// The backends of Services as programmed on this node: state, place, connections.
+    ///
+    /// Connections are those of this node's pods, and of clients from outside that come by this node, by whichever frontend or
+    /// none; sockets of the host itself are not counted.
+    Endpoints(Which),
+
     /// Local volumes of this node: claim, backend, size, use, snapshots, health, pods, mounts; what belongs to none.
     ///
     /// From the driver's socket and records: those answer without the driver, too. Exit status 3 when a volume is not well or
@@ -65,6 +78,17 @@ enum Command {
         #[arg(long, value_name = "DIR", default_value = "/var/lib/kubelet")]
         kubelet_dir: PathBuf,
     },
+}
+
+#[derive(Args)]
+struct Which {
+    /// Only the Service of this name, or of NAMESPACE/NAME.
+    #[arg(value_name = "SERVICE")]
+    name: Option<String>,
+
+    /// Only those of this namespace.
+    #[arg(short, long)]
+    namespace: Option<String>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -91,6 +115,24 @@ fn main() -> ExitCode {
 /// Whether all is well.
 async fn run(cli: &Cli) -> anyhow::Result<bool> {
     match &cli.command {
+        Command::Services(which) => {
+            let services = list(cli, which).await?;
+            let text = match cli.output {
+                Output::Table => services::frontends(&services),
+                Output::Json => format!("{:#}\n", json::services(&services)),
+            };
+            print(&text)?;
+            Ok(services.iter().all(|service| service.problems.is_empty()))
+        }
+        Command::Endpoints(which) => {
+            let services = list(cli, which).await?;
+            let text = match cli.output {
+                Output::Table => services::endpoints(&services),
+                Output::Json => format!("{:#}\n", json::endpoints(&services)),
+            };
+            print(&text)?;
+            Ok(true)
+        }
         Command::Volumes { state_dir, pool_dir, kubelet_dir } => {
             let listed = volumes::list(&cli.csi_socket, TIMEOUT).await;
             anyhow::ensure!(
@@ -127,6 +169,31 @@ async fn run(cli: &Cli) -> anyhow::Result<bool> {
             Ok(status::is_well(&status, &volumes))
         }
     }
+}
+
+/// The Services that are asked for; an error when one is asked for by name and there is none.
+async fn list(cli: &Cli, which: &Which) -> anyhow::Result<Vec<ServiceState>> {
+    let given = which.name.clone().unwrap_or_default();
+    let (namespace, name) = match given.split_once('/') {
+        Some((namespace, name)) => (namespace.to_owned(), name.to_owned()),
+        None => (which.namespace.clone().unwrap_or_default(), given),
+    };
+    let mut client = InspectClient::new(connect(cli).await?);
+    let refused = |status: tonic::Status| anyhow::anyhow!("the agent refused: {}", status.message());
+    let request = ListServicesRequest { namespace, name: name.clone() };
+    let answer = tokio::time::timeout(TIMEOUT, async {
+        let mut stream = client.list_services(request).await.map_err(refused)?.into_inner();
+        let mut services = Vec::new();
+        while let Some(service) = stream.message().await.map_err(refused)? {
+            services.push(service);
+        }
+        anyhow::Ok(services)
+    });
+    let services = answer.await.with_context(|| format!("the agent did not answer within {TIMEOUT:?}"))??;
+    if services.is_empty() && !name.is_empty() {
+        anyhow::bail!("no Service {} is programmed on this node", which.name.as_deref().unwrap_or_default());
+    }
+    Ok(services)
 }
 
 /// A reader that has seen enough (`| head`) is no error.

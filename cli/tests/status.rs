@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use keelway_api::v1::inspect_server::{Inspect, InspectServer};
-use keelway_api::v1::{NodeStatusRequest, NodeStatusResponse};
+use keelway_api::v1::{ListServicesRequest, NodeStatusRequest, NodeStatusResponse, ServiceState};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
@@ -12,6 +12,15 @@ struct Agent(NodeStatusResponse);
 
 #[tonic::async_trait]
 impl Inspect for Agent {
+    type ListServicesStream = tokio_stream::Empty<Result<ServiceState, Status>>;
+
+    async fn list_services(
+        &self,
+        _: Request<ListServicesRequest>,
+    ) -> Result<Response<Self::ListServicesStream>, Status> {
+        Ok(Response::new(tokio_stream::empty()))
+    }
+
     async fn node_status(&self, _: Request<NodeStatusRequest>) -> Result<Response<NodeStatusResponse>, Status> {
         Ok(Response::new(self.0.clone()))
     }

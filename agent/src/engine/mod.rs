@@ -15,6 +15,7 @@ mod convert;
 mod endpoints;
 mod fill;
 mod gate;
+mod listing;
 mod nodes;
 mod policies;
 mod services;
@@ -40,7 +41,9 @@ use crate::sweep::Flows;
 
 pub use endpoints::Attached;
 pub use gate::{Progress, Versions, progress};
+pub use listing::{ListedFrontend, ListedService, Selection};
 pub use nodes::HostRoutes;
+pub use services::{ServiceTables, Services};
 pub use status::EngineStatus;
 
 /// Events taken before the tables are brought up to date.
@@ -116,6 +119,13 @@ pub enum Command {
         key: LeaseKey,
         /// What is missing.
         reply: oneshot::Sender<Vec<String>>,
+    },
+    /// What Services are programmed as.
+    Services {
+        /// Which.
+        which: Selection,
+        /// Receives them.
+        reply: oneshot::Sender<BTreeMap<keelway_proxy::ObjectName, ListedService>>,
     },
     /// Everything that is shown.
     Status {
@@ -540,6 +550,9 @@ impl Engine {
             }
             Command::Verify { key, reply } => {
                 let _ = reply.send(self.verify_endpoint(&key));
+            }
+            Command::Services { which, reply } => {
+                let _ = reply.send(self.listing(&which));
             }
             Command::Status { reply } => {
                 let _ = reply.send(self.status());

@@ -55,7 +55,30 @@ fn used(tables: &proxy::Tables, wanted: proxy::Table) -> usize {
     tables.usage().iter().find(|(table, ..)| *table == wanted).map_or(0, |(_, used, _)| *used)
 }
 
+/// Where the entries of Services are kept: the kernel's maps, or what a test puts before them.
+pub trait ServiceTables {
+    /// Executes one write.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn write(&mut self, op: &proxy::Op) -> Result<(), TableError>;
+
+    /// Everything that they hold.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn dump(&self) -> Result<proxy::Dump, TableError>;
+
+    /// A backend by its id.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn backend(&self, id: u32) -> Result<Option<proxy::Backend>, TableError>;
+}
+
+/// The Services' part of the engine.
 pub struct Services {
+    /// The objects.
     pub model: proxy::Model,
     node: proxy::NodeInfo,
     mirror: Option<proxy::Tables>,
@@ -72,6 +95,7 @@ pub struct Services {
 pub type Triggered = (SystemTime, Option<bool>);
 
 impl Services {
+    /// Of the node with this name; nothing is known of it yet. `gone` is told of backends that get no new connections.
     pub fn new(node_name: &str, gone: UnboundedSender<Gone>) -> Self {
         let node = proxy::NodeInfo { name: node_name.into(), ..proxy::NodeInfo::default() };
         Self {
@@ -85,6 +109,7 @@ impl Services {
         }
     }
 
+    /// The zone of the node, which topology hints name.
     pub fn set_zone(&mut self, zone: Option<String>) {
         self.node.zone = zone;
         self.model.set_node(self.node.clone());
@@ -100,10 +125,12 @@ impl Services {
         }
     }
 
+    /// A Service went.
     pub fn service_gone(&mut self, namespace: &str, name: &str) {
         self.model.delete_service(&ObjectName::new(namespace, name));
     }
 
+    /// A slice came or changed, at the time that it reports.
     pub fn slice_changed(&mut self, slice: EndpointSlice, triggered: Option<SystemTime>) {
         let first = slice.endpoints.iter().find_map(|endpoint| endpoint.addresses.first());
         let triggered = triggered.filter(|at| *at > self.started);
@@ -111,6 +138,7 @@ impl Services {
         self.model.upsert_slice(slice);
     }
 
+    /// A slice went.
     pub fn slice_gone(&mut self, namespace: &str, name: &str) {
         self.model.delete_slice(&ObjectName::new(namespace, name));
     }
@@ -167,9 +195,17 @@ impl Services {
         left_out.chain(flaws).chain(lost).filter(|(name, ..)| !name.is_this_node()).collect()
     }
 
+    /// What the maps should hold; none before the first sync.
+    pub(super) fn mirror(&self) -> Option<&proxy::Tables> {
+        self.mirror.as_ref()
+    }
+
     /// Takes over what the maps hold and brings them to what is wanted.
-    pub fn restore(&mut self, tables: &mut Tables) -> Result<(), EngineError> {
-        let dump = dump(tables).map_err(kernel)?;
+    ///
+    /// # Errors
+    /// What the kernel says; to be called again then.
+    pub fn restore(&mut self, tables: &mut impl ServiceTables) -> Result<(), EngineError> {
+        let dump = tables.dump().map_err(kernel)?;
         let wanted = self.model.all();
         let (mirror, ops, errors) = proxy::Tables::restore(LIMITS, &dump, &wanted);
         let left_out = |error: &TableFull| (error.service.clone(), LeftOut::new(error, &mirror));
@@ -179,13 +215,16 @@ impl Services {
     }
 
     /// Writes what changed; answers when those changes happened.
-    pub fn apply(&mut self, tables: &mut Tables) -> Result<Vec<Triggered>, EngineError> {
+    ///
+    /// # Errors
+    /// What the kernel says. What was to be written is lost then, and [`Self::restore`] makes up for it.
+    pub fn apply(&mut self, tables: &mut impl ServiceTables) -> Result<Vec<Triggered>, EngineError> {
         let ops = self.plan()?;
         self.execute(tables, &ops).map_err(kernel)?;
         Ok(std::mem::take(&mut self.triggered))
     }
 
-    fn execute(&self, tables: &mut Tables, ops: &[proxy::Op]) -> Result<(), TableError> {
+    fn execute(&self, tables: &mut impl ServiceTables, ops: &[proxy::Op]) -> Result<(), TableError> {
         let gone = gone(tables, ops)?;
         execute(tables, ops)?;
         for one in gone {
@@ -228,33 +267,68 @@ fn kernel(error: TableError) -> EngineError {
     EngineError::Kernel(error.to_string())
 }
 
-fn dump(tables: &Tables) -> Result<proxy::Dump, TableError> {
-    let mut dump = proxy::Dump::default();
-    let frontends = tables.frontends.dump()?;
-    dump.frontends =
-        frontends.iter().map(|(k, v)| (convert::from_frontend_key(k), convert::from_frontend(v))).collect();
-    for (key, value) in tables.slots.dump()? {
-        if key.frontend & MEMBER_BIT == 0 {
-            dump.slots.push((proxy::SlotKey { frontend: key.frontend, slot: key.slot }, value));
-        } else {
-            dump.members.push(((key.frontend & !MEMBER_BIT, key.slot), value));
+impl ServiceTables for Tables {
+    fn dump(&self) -> Result<proxy::Dump, TableError> {
+        let mut dump = proxy::Dump::default();
+        let frontends = self.frontends.dump()?;
+        dump.frontends =
+            frontends.iter().map(|(k, v)| (convert::from_frontend_key(k), convert::from_frontend(v))).collect();
+        for (key, value) in self.slots.dump()? {
+            if key.frontend & MEMBER_BIT == 0 {
+                dump.slots.push((proxy::SlotKey { frontend: key.frontend, slot: key.slot }, value));
+            } else {
+                dump.members.push(((key.frontend & !MEMBER_BIT, key.slot), value));
+            }
         }
-    }
-    for (id, value) in tables.backends.dump()? {
-        let (backend, draining) = convert::from_backend(&value);
-        dump.backends.push((id, backend, draining));
-    }
-    for (key, _) in tables.source_ranges.dump()? {
-        match convert::from_source_range_key(&key) {
-            Some(range) => dump.source_ranges.push(range),
-            None => tracing::warn!(?key, "a source range of no network"),
+        for (id, value) in self.backends.dump()? {
+            let (backend, draining) = convert::from_backend(&value);
+            dump.backends.push((id, backend, draining));
         }
+        for (key, _) in self.source_ranges.dump()? {
+            match convert::from_source_range_key(&key) {
+                Some(range) => dump.source_ranges.push(range),
+                None => tracing::warn!(?key, "a source range of no network"),
+            }
+        }
+        Ok(dump)
     }
-    Ok(dump)
+
+    fn backend(&self, id: u32) -> Result<Option<proxy::Backend>, TableError> {
+        Ok(self.backends.get(&id)?.map(|value| convert::from_backend(&value).0))
+    }
+
+    fn write(&mut self, op: &proxy::Op) -> Result<(), TableError> {
+        use proxy::Op;
+        match op {
+            Op::PutBackend { id, backend, draining } => {
+                self.backends.put(id, &convert::backend(backend, *draining))?;
+            }
+            Op::PutSlot { key, backend } => self.slots.put(&convert::slot_key(key), backend)?,
+            Op::PutMember { frontend, backend, slot } => {
+                self.slots.put(&convert::member_key(*frontend, *backend), slot)?;
+            }
+            Op::PutSourceRange { frontend, net } => {
+                self.source_ranges.put(&convert::source_range_key(*frontend, *net), &1)?;
+            }
+            Op::PutFrontend { key, frontend } => {
+                self.frontends.put(&convert::frontend_key(key), &convert::frontend(frontend))?;
+            }
+            Op::DeleteFrontend { key } => self.frontends.delete(&convert::frontend_key(key))?,
+            Op::DeleteSourceRange { frontend, net } => {
+                self.source_ranges.delete(&convert::source_range_key(*frontend, *net))?;
+            }
+            Op::DeleteMember { frontend, backend } => {
+                self.slots.delete(&convert::member_key(*frontend, *backend))?;
+            }
+            Op::DeleteSlot { key } => self.slots.delete(&convert::slot_key(key))?,
+            Op::DeleteBackend { id } => self.backends.delete(id)?,
+        }
+        Ok(())
+    }
 }
 
 /// The backends that `ops` will take out of every slot.
-fn gone(tables: &Tables, ops: &[proxy::Op]) -> Result<Vec<Gone>, TableError> {
+fn gone(tables: &impl ServiceTables, ops: &[proxy::Op]) -> Result<Vec<Gone>, TableError> {
     use proxy::Op;
     let of = |backend: &proxy::Backend, draining| Gone {
         backend: SocketAddr::new(backend.addr, backend.port),
@@ -266,8 +340,7 @@ fn gone(tables: &Tables, ops: &[proxy::Op]) -> Result<Vec<Gone>, TableError> {
         match op {
             Op::PutBackend { backend, draining: true, .. } => found.push(of(backend, true)),
             Op::DeleteBackend { id } => {
-                let value = tables.backends.get(id)?;
-                found.extend(value.map(|value| of(&convert::from_backend(&value).0, false)));
+                found.extend(tables.backend(*id)?.map(|backend| of(&backend, false)));
             }
             _ => {}
         }
@@ -275,35 +348,8 @@ fn gone(tables: &Tables, ops: &[proxy::Op]) -> Result<Vec<Gone>, TableError> {
     Ok(found)
 }
 
-fn execute(tables: &mut Tables, ops: &[proxy::Op]) -> Result<(), TableError> {
-    use proxy::Op;
-    for op in ops {
-        match op {
-            Op::PutBackend { id, backend, draining } => {
-                tables.backends.put(id, &convert::backend(backend, *draining))?;
-            }
-            Op::PutSlot { key, backend } => tables.slots.put(&convert::slot_key(key), backend)?,
-            Op::PutMember { frontend, backend, slot } => {
-                tables.slots.put(&convert::member_key(*frontend, *backend), slot)?;
-            }
-            Op::PutSourceRange { frontend, net } => {
-                tables.source_ranges.put(&convert::source_range_key(*frontend, *net), &1)?;
-            }
-            Op::PutFrontend { key, frontend } => {
-                tables.frontends.put(&convert::frontend_key(key), &convert::frontend(frontend))?;
-            }
-            Op::DeleteFrontend { key } => tables.frontends.delete(&convert::frontend_key(key))?,
-            Op::DeleteSourceRange { frontend, net } => {
-                tables.source_ranges.delete(&convert::source_range_key(*frontend, *net))?;
-            }
-            Op::DeleteMember { frontend, backend } => {
-                tables.slots.delete(&convert::member_key(*frontend, *backend))?;
-            }
-            Op::DeleteSlot { key } => tables.slots.delete(&convert::slot_key(key))?,
-            Op::DeleteBackend { id } => tables.backends.delete(id)?,
-        }
-    }
-    Ok(())
+fn execute(tables: &mut impl ServiceTables, ops: &[proxy::Op]) -> Result<(), TableError> {
+    ops.iter().try_for_each(|op| tables.write(op))
 }
 
 #[cfg(test)]

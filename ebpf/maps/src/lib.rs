@@ -6,6 +6,7 @@
 
 mod attach;
 mod clsact;
+mod connections;
 mod error;
 pub mod fake;
 mod loader;
@@ -20,6 +21,7 @@ mod tables;
 
 pub use attach::{HookState, Mechanism};
 pub use clsact::detach as detach_clsact;
+pub use connections::{Connections, Peer};
 pub use error::{Error, TableError};
 pub use loader::{Datapath, Run, cleanup};
 pub use sockets::SocketTables;

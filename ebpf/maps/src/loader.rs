@@ -9,6 +9,7 @@ use aya::{Ebpf, EbpfLoader};
 use keelway_layout::{Hook, NodeState, maps};
 
 use crate::attach::Attachments;
+use crate::connections::Connections;
 use crate::error::Error;
 use crate::object::object;
 use crate::pins::{Pins, specs};
@@ -151,6 +152,19 @@ impl Datapath {
         let (conntrack, nat) = (pinned(maps::CONNTRACK)?, pinned(maps::NAT)?);
         let program = self.program(SWEEP)?.as_fd().try_clone_to_owned().map_err(|error| refused(&error))?;
         Sweep::new(program, &conntrack, &nat).map_err(|error| refused(&error))
+    }
+
+    /// What counts connections by backend. It shares the map of flows and works on its own.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn connections(&self) -> Result<Connections, Error> {
+        let refused = |error: &dyn std::fmt::Display| Error::Refused {
+            what: format!("map {}", maps::CONNTRACK),
+            reason: error.to_string(),
+        };
+        let pin = self.attachments.pins().maps().join(maps::CONNTRACK);
+        Connections::new(&MapData::from_pin(pin).map_err(|error| refused(&error))?).map_err(|error| refused(&error))
     }
 
     /// The tables of sockets, for readers beside this one.
