@@ -6,6 +6,8 @@
 //! of both (rendezvous hashing, Thaler and Ravishankar 1998): none moves. The price is that shares are not equal but spread
 //! as at random, by a tenth of the mean with [`SLOTS_PER_BACKEND`].
 
+use std::net::{IpAddr, SocketAddr};
+
 use crate::op::Backend;
 
 /// Sizes of tables. The first with at least [`SLOTS_PER_BACKEND`] slots for each backend is taken, else the last.
@@ -41,11 +43,33 @@ pub fn table(backends: &[Backend], size: usize, before: Option<(&[Option<u32>], 
     (0..size).filter_map(winner).collect()
 }
 
+/// What the programs pick a slot by: Murmur3's 32-bit hash over the words of a new flow's addresses, ports and protocol. The slot
+/// is its remainder by the table's size.
+pub fn flow_hash(client: SocketAddr, dialled: SocketAddr, protocol: u8) -> u32 {
+    // In the byte order of memory, as the programs read packets.
+    let words = |addr: SocketAddr| {
+        let bytes = match addr.ip() {
+            IpAddr::V4(addr) => addr.to_ipv6_mapped().octets(),
+            IpAddr::V6(addr) => addr.octets(),
+        };
+        [0, 4, 8, 12].map(|at| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]))
+    };
+    let ports = u32::from(client.port().to_be()) << 16 | u32::from(dialled.port().to_be());
+    let all = words(client).into_iter().chain(words(dialled)).chain([ports, u32::from(protocol)]);
+    let hash = all.fold(0x811c_9dc5_u32, |hash, word| {
+        let word = word.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593);
+        (hash ^ word).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64)
+    });
+    let hash = (hash ^ hash >> 16).wrapping_mul(0x85eb_ca6b);
+    let hash = (hash ^ hash >> 13).wrapping_mul(0xc2b2_ae35);
+    hash ^ hash >> 16
+}
+
 /// The same on every node and in every build, unlike the standard library's.
 fn hash(backend: &Backend) -> u64 {
     let addr = match backend.addr {
-        std::net::IpAddr::V4(addr) => addr.to_ipv6_mapped(),
-        std::net::IpAddr::V6(addr) => addr,
+        IpAddr::V4(addr) => addr.to_ipv6_mapped(),
+        IpAddr::V6(addr) => addr,
     };
     let bits = addr.to_bits();
     let port = u64::from(backend.port) << 8 | u64::from(backend.proto);

@@ -1,0 +1,237 @@
+//! A node made of nothing but its tables and programs, in a network namespace and on a bpffs of the test's own.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::process::Command;
+
+use keelway_agent::engine::Services;
+use keelway_layout::{
+    Addr, Affinity, AffinityKey, Counter, Endpoint, Hook, Identity, NodeConfig, Port, PrefixKey, Reason, Tunnel,
+    identity, node_flags,
+};
+use keelway_maps::{Datapath, Run, Table as _};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+pub const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
+pub const OTHER_NODE: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
+const POD_NETS: [(&str, u32); 4] =
+    [("10.244.1.0", 120), ("10.244.2.0", 120), ("fd00:10:244:1::", 64), ("fd00:10:244:2::", 64)];
+/// Pods by the last number of their addresses, on either node.
+pub const PODS: std::ops::RangeInclusive<u8> = 2..=5;
+/// A run's packet comes by the loopback device.
+const LOOPBACK: u32 = 1;
+const SECOND: u64 = 1_000_000_000;
+const VXLAN_IFINDEX: u32 = 77;
+pub const SNAT: std::ops::RangeInclusive<u16> = 61_000..=64_999;
+
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+/// Pod `last` of a node.
+pub fn pod(node: u8, last: u8, v6: bool) -> IpAddr {
+    if v6 { ip(&format!("fd00:10:244:{node}::{last}")) } else { ip(&format!("10.244.{node}.{last}")) }
+}
+
+fn is_pod(node: u8, addr: IpAddr) -> bool {
+    PODS.into_iter().any(|last| pod(node, last, addr.is_ipv6()) == addr)
+}
+
+/// Whether a pod of this node has the address.
+pub fn is_local_pod(addr: IpAddr) -> bool {
+    is_pod(1, addr)
+}
+
+/// Whether a pod of the other node has the address.
+pub fn is_remote_pod(addr: IpAddr) -> bool {
+    is_pod(2, addr)
+}
+
+/// A bpffs, gone with the test.
+struct Bpffs(tempfile::TempDir);
+
+impl Bpffs {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        mount(Some("bpf"), dir.path(), Some("bpf"), MsFlags::empty(), None::<&str>).expect("a bpffs");
+        Self(dir)
+    }
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// What a program did with a packet.
+pub struct Did {
+    pub run: Run,
+    /// How often each reason was counted at the hook.
+    pub counted: Vec<Reason>,
+}
+
+/// The tables, the programs, and the agent's writer of Services.
+pub struct Kernel {
+    pub services: Services,
+    pub datapath: Datapath,
+    counters: Vec<(Hook, Vec<Counter>)>,
+    _bpffs: Bpffs,
+}
+
+/// A network namespace for this thread, in which everything has a route.
+fn enter_netns() {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a network namespace");
+    let script = "ip link set lo up && ip link add out type veth peer name beyond && ip link set beyond up && ip link set out up \
+        && ip addr add 192.0.2.1/24 dev out && ip -6 addr add 2001:db8::1/64 dev out nodad \
+        && ip route add default via 192.0.2.254 && ip -6 route add default via 2001:db8::fe dev out \
+        && ip neigh add 192.0.2.254 lladdr 2:0:0:0:0:9 dev out && ip neigh add 2001:db8::fe lladdr 2:0:0:0:0:9 dev out \
+        && echo 1 > /proc/sys/net/ipv4/ip_forward && echo 1 > /proc/sys/net/ipv6/conf/all/forwarding";
+    let done = Command::new("sh").args(["-ec", script]).output().expect("sh runs");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
+impl Kernel {
+    /// `None`, with the reason printed, where the programs were not built.
+    pub fn new() -> Option<Self> {
+        assert!(nix::unistd::geteuid().is_root(), "this test loads BPF programs and needs root");
+        let bpffs = Bpffs::new();
+        let datapath = match Datapath::open(bpffs.path()) {
+            Err(error @ keelway_maps::Error::NoObject) => {
+                println!("skipped: {error}");
+                return None;
+            }
+            other => other.expect("the programs load"),
+        };
+        enter_netns();
+        let mut kernel = Self {
+            services: Services::new("n1", tokio::sync::mpsc::unbounded_channel().0),
+            datapath,
+            counters: Vec::new(),
+            _bpffs: bpffs,
+        };
+        kernel.populate();
+        kernel.services.restore(&mut kernel.datapath.tables).expect("empty tables are restored");
+        Some(kernel)
+    }
+
+    fn populate(&mut self) {
+        let tables = &mut self.datapath.tables;
+        let mut is = |prefix: PrefixKey, id: u32| {
+            tables.identities.put(&prefix, &Identity { id, ..Identity::default() }).expect("an identity");
+        };
+        for (net, bits) in POD_NETS {
+            is(PrefixKey::new(ip(net).into(), bits), identity::UNKNOWN_POD);
+        }
+        for v6 in [false, true] {
+            is(PrefixKey::host(ip(NODE[usize::from(v6)]).into()), identity::HOST);
+            is(PrefixKey::host(ip(OTHER_NODE[usize::from(v6)]).into()), identity::REMOTE_NODE);
+            for (node, last) in [1, 2].into_iter().flat_map(|node| PODS.map(move |last| (node, last))) {
+                is(PrefixKey::host(pod(node, last, v6).into()), identity::FIRST_POD + u32::from(last));
+            }
+        }
+        for v6 in [false, true] {
+            for last in PODS {
+                let id = u32::from(last);
+                let endpoint = Endpoint {
+                    ifindex: LOOPBACK,
+                    id,
+                    incarnation: id,
+                    mac: [2, 0, 0, 0, 1, last],
+                    host_mac: [2, 0, 0, 0, 2, last],
+                    ..Endpoint::default()
+                };
+                tables.endpoints.put(&pod(1, last, v6).into(), &endpoint).expect("an endpoint");
+            }
+            let (net, bits) = POD_NETS[if v6 { 3 } else { 1 }];
+            let remote = Tunnel { remote: ip(OTHER_NODE[usize::from(v6)]).into(), ..Tunnel::default() };
+            tables.tunnels.put(&PrefixKey::new(ip(net).into(), bits), &remote).expect("a tunnel");
+        }
+    }
+
+    /// Whether pods of other nodes are reached by routes, or else by the tunnel.
+    pub fn set_routed(&mut self, routed: bool) {
+        let masquerade = node_flags::MASQUERADE_V4 | node_flags::MASQUERADE_V6;
+        let config = NodeConfig {
+            node_v4: ip(NODE[0]).into(),
+            node_v6: ip(NODE[1]).into(),
+            vxlan_ifindex: VXLAN_IFINDEX,
+            flags: masquerade | if routed { 0 } else { node_flags::VXLAN },
+            snat_first: Port::new(*SNAT.start()),
+            snat_last: Port::new(*SNAT.end()),
+            vxlan_port: Port::new(8472),
+            ..NodeConfig::default()
+        };
+        self.datapath.tables.set_node(&config).expect("the node's entry");
+    }
+
+    /// Writes what changed.
+    pub fn apply(&mut self) {
+        self.services.apply(&mut self.datapath.tables).expect("the tables take it");
+        assert!(self.services.left_out() == 0, "{:?}", self.services.problems());
+    }
+
+    /// No flow was ever seen.
+    pub fn forget_flows(&mut self) {
+        fn empty<K, V>(table: &mut impl keelway_maps::Table<K, V>) {
+            for (key, _) in table.dump().expect("a dump") {
+                table.delete(&key).expect("a removal");
+            }
+        }
+        empty(&mut self.datapath.tables.conntrack);
+        empty(&mut self.datapath.tables.nat);
+        empty(&mut self.datapath.tables.affinity);
+    }
+
+    /// Lets a client's affinity to all frontends be so many seconds older.
+    pub fn age(&mut self, client: IpAddr, seconds: u32) {
+        let table = &mut self.datapath.tables.affinity;
+        let of: Vec<(AffinityKey, Affinity)> = table.dump().expect("a dump");
+        for (key, value) in of.into_iter().filter(|(key, _)| key.client == Addr::from(client)) {
+            let seen = value.seen.saturating_sub(u64::from(seconds) * SECOND);
+            table.put(&key, &Affinity { seen, ..value }).expect("a write");
+        }
+    }
+
+    /// Runs a hook's program on a packet, Ethernet header first.
+    pub fn run(&mut self, hook: Hook, packet: &[u8]) -> Did {
+        let before = self.counters(hook);
+        let run = self.datapath.run(hook, packet, 1).expect("the program runs");
+        let after = self.read_counters(hook);
+        let more = |at: &usize| after[*at].packets > before[*at].packets;
+        let counted = (0..after.len()).filter(more).map(|at| Reason::ALL[at]).collect();
+        self.counters.retain(|(of, _)| *of != hook);
+        self.counters.push((hook, after));
+        Did { run, counted }
+    }
+
+    fn counters(&self, hook: Hook) -> Vec<Counter> {
+        let known = self.counters.iter().find(|(of, _)| *of == hook);
+        known.map_or_else(|| self.read_counters(hook), |(_, counters)| counters.clone())
+    }
+
+    fn read_counters(&self, hook: Hook) -> Vec<Counter> {
+        let read = |reason: &Reason| self.datapath.tables.counters.get(hook, *reason).expect("a counter");
+        Reason::ALL.iter().map(read).collect()
+    }
+}
+
+/// Where a packet to a Service's client, or from one, is expected to come from: an address and, where it is to be one of the node's
+/// own, any of its ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    Of(SocketAddr),
+    Node(IpAddr),
+}
+
+impl Source {
+    pub fn is(&self, seen: SocketAddr) -> bool {
+        match self {
+            Self::Of(addr) => *addr == seen,
+            Self::Node(addr) => *addr == seen.ip() && SNAT.contains(&seen.port()),
+        }
+    }
+}

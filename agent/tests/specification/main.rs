@@ -1,0 +1,69 @@
+//! The executable specification against the kernel: objects go through the agent's conversion, model and writes into real maps,
+//! packets through the real programs (`BPF_PROG_TEST_RUN`), and what they meet is what `keelway_proxy::reference` says: the
+//! backends, refused, dropped and why, or left alone; with checksums, answers and ICMP errors in both directions, affinity,
+//! hashing and draining.
+//!
+//! Left out: the socket hooks, which have no test run (`tests/lab` has real sockets), and packets out of the tunnel, whose outer
+//! source a test run cannot have. They share `lb`.
+//!
+//! A disagreement is printed as a scenario. Once understood it becomes a file in `scenarios/`.
+//! `KEELWAY_SPEC_SEED` and `KEELWAY_SPEC_SECONDS` choose other cases and more.
+
+mod kernel;
+mod objects;
+mod packet;
+mod scenario;
+mod writes;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use kernel::Kernel;
+use objects::Random;
+use scenario::Scenario;
+
+fn setting(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name}: no number: {text}")))
+}
+
+#[test]
+fn random_objects_and_packets_meet_what_the_reference_says() {
+    let Some(mut kernel) = Kernel::new() else { return };
+    let first = setting("KEELWAY_SPEC_SEED", 1);
+    let bound = Duration::from_secs(setting("KEELWAY_SPEC_SECONDS", 20));
+    let started = Instant::now();
+    let (mut cases, mut packets) = (0, 0);
+    while started.elapsed() < bound {
+        let seed = first + cases;
+        let scenario = objects::scenario(&mut Random::new(seed));
+        match scenario::run(&mut kernel, &scenario) {
+            Ok(compared) => packets += compared,
+            Err(error) => {
+                let file = std::env::temp_dir().join(format!("keelway-spec-{seed}.yaml"));
+                std::fs::write(&file, serde_norway::to_string(&scenario).unwrap()).unwrap();
+                panic!("seed {seed}: {error}\nas a scenario: {}", file.display());
+            }
+        }
+        cases += 1;
+    }
+    println!("{cases} cases, {packets} packets");
+    assert!(cases > 0 && packets > 100, "{cases} cases, {packets} packets");
+}
+
+#[test]
+fn scenarios() {
+    let Some(mut kernel) = Kernel::new() else { return };
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/specification/scenarios");
+    let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    assert!(!files.is_empty(), "no files in {}", folder.display());
+    let mut wrong = Vec::new();
+    for file in files {
+        let text = std::fs::read_to_string(&file).unwrap();
+        let scenario: Scenario = serde_norway::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+        if let Err(error) = scenario::run(&mut kernel, &scenario) {
+            wrong.push(format!("{}: {error}", file.display()));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
