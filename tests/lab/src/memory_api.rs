@@ -2,7 +2,8 @@
 //! once, and what a client of it costs is the client's own.
 //!
 //! It speaks as much of the protocol as kube-proxy and keelway-agent ask for: lists, watches from a version, streaming lists
-//! (`sendInitialEvents`). Selectors select everything; what is written to it is thanked for and forgotten.
+//! (`sendInitialEvents`), the selector of one name. Other selectors select everything; what is written to it is thanked for and
+//! forgotten.
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fs::File;
@@ -40,8 +41,8 @@ const CHUNK: usize = 64;
 struct Store {
     /// By kind, then by namespace and name: the object as JSON.
     objects: BTreeMap<&'static str, BTreeMap<String, String>>,
-    /// What watches are told: the kind and the event, numbered from 1 by their place.
-    log: Vec<(&'static str, Bytes)>,
+    /// What watches are told: the kind, the object's key and the event, numbered from 1 by their place.
+    log: Vec<(&'static str, String, Bytes)>,
 }
 
 struct Shared {
@@ -110,8 +111,8 @@ impl MemoryApi {
             }
             let text = object.to_string();
             let of_kind = store.objects.get_mut(plural).context("a kind")?;
-            let change = if of_kind.insert(name, text.clone()).is_some() { "MODIFIED" } else { "ADDED" };
-            store.log.push((plural, event(change, &text)));
+            let change = if of_kind.insert(name.clone(), text.clone()).is_some() { "MODIFIED" } else { "ADDED" };
+            store.log.push((plural, name, event(change, &text)));
         }
         let newest = store.log.len();
         drop(store);
@@ -136,8 +137,9 @@ impl MemoryApi {
         let mut store = self.shared.lock();
         let (plural, of_kind) = store.objects.iter_mut().find(|(kind, _)| **kind == plural).context("a kind")?;
         let plural = *plural;
-        let text = of_kind.remove(&format!("{namespace}/{name}")).with_context(|| format!("{plural} {name}"))?;
-        store.log.push((plural, event("DELETED", &text)));
+        let key = format!("{namespace}/{name}");
+        let text = of_kind.remove(&key).with_context(|| format!("{plural} {key}"))?;
+        store.log.push((plural, key, event("DELETED", &text)));
         let newest = store.log.len();
         drop(store);
         self.shared.newest.send_replace(newest);
@@ -183,9 +185,14 @@ async fn answer(State(shared): State<Arc<Shared>>, method: Method, uri: Uri) -> 
         let object = shared.lock().objects[plural].get(&format!("{namespace}/{name}")).cloned();
         return object.map_or_else(|| absent(uri.path()), json_of);
     }
+    // A name of a cluster's object: kube-proxy asks for its own node only.
+    let only = asked("fieldSelector").and_then(|selector| selector.strip_prefix("metadata.name%3D"));
+    let only = only.map(|name| format!("/{name}"));
+    let wanted = |key: &str| only.as_ref().is_none_or(|only| only == key);
     if !matches!(asked("watch"), Some("true" | "1")) {
         let store = shared.lock();
-        let items = store.objects[plural].values().cloned().collect::<Vec<_>>().join(",");
+        let items = store.objects[plural].iter().filter(|(key, _)| wanted(key));
+        let items = items.map(|(_, object)| object.as_str()).collect::<Vec<_>>().join(",");
         let version = store.log.len();
         return json_of(format!(
             "{{\"kind\":\"{kind}List\",\"apiVersion\":\"{api}\",\"metadata\":{{\"resourceVersion\":\"{version}\"}},\
@@ -196,7 +203,8 @@ async fn answer(State(shared): State<Arc<Shared>>, method: Method, uri: Uri) -> 
     if asked("sendInitialEvents") == Some("true") {
         let store = shared.lock();
         place = store.log.len();
-        let all: Vec<Bytes> = store.objects[plural].values().map(|object| event("ADDED", object)).collect();
+        let all = store.objects[plural].iter().filter(|(key, _)| wanted(key));
+        let all: Vec<Bytes> = all.map(|(_, object)| event("ADDED", object)).collect();
         begin = all.chunks(CHUNK).map(|chunk| Bytes::from(chunk.concat())).collect();
         let done = json!({"kind": kind, "apiVersion": api, "metadata": {"resourceVersion": place.to_string(),
             "creationTimestamp": null, "annotations": {"k8s.io/initial-events-end": "true"}}});
@@ -205,13 +213,19 @@ async fn answer(State(shared): State<Arc<Shared>>, method: Method, uri: Uri) -> 
         place = version;
     }
     let (sender, receiver) = mpsc::channel(8);
-    tokio::spawn(follow(shared, plural, begin, place, sender));
+    tokio::spawn(follow(shared, (plural, only), begin, place, sender));
     let body = Body::from_stream(ReceiverStream::new(receiver).map(Ok::<_, Infallible>));
     ([(header::CONTENT_TYPE, "application/json")], body).into_response()
 }
 
-/// Sends `begin`, then what the log has of a kind from `place` on, until nobody listens.
-async fn follow(shared: Arc<Shared>, plural: &str, begin: Vec<Bytes>, mut place: usize, sender: mpsc::Sender<Bytes>) {
+/// Sends `begin`, then what the log has of a kind (or of one object) from `place` on, until nobody listens.
+async fn follow(
+    shared: Arc<Shared>,
+    (plural, only): (&str, Option<String>),
+    begin: Vec<Bytes>,
+    mut place: usize,
+    sender: mpsc::Sender<Bytes>,
+) {
     let mut newest = shared.newest.subscribe();
     for chunk in begin {
         if sender.send(chunk).await.is_err() {
@@ -222,8 +236,9 @@ async fn follow(shared: Arc<Shared>, plural: &str, begin: Vec<Bytes>, mut place:
         let _ = newest.borrow_and_update();
         let new: Vec<Bytes> = {
             let store = shared.lock();
-            let new = store.log[place.min(store.log.len())..].iter().filter(|(of, _)| *of == plural);
-            let new = new.map(|(_, event)| event.clone()).collect();
+            let new = store.log[place.min(store.log.len())..].iter().filter(|(of, ..)| *of == plural);
+            let new = new.filter(|(_, key, _)| only.as_ref().is_none_or(|only| only == key));
+            let new = new.map(|(.., event)| event.clone()).collect();
             place = store.log.len();
             new
         };

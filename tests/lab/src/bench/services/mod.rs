@@ -155,9 +155,14 @@ fn traffic_beside(mode: Mode, sizes: &[usize], patience: Duration, report: &mut 
     }
     if mode == Mode::Nftables {
         let vip = SocketAddr::new(objects::vip(Side::Ours), 80).to_string();
-        let place = site.place(Side::Ours, "client")?;
+        let probe = sh::own("keelway-probe")?.display().to_string();
         traffic::programs(&site.lab, report, Load::Packets, || flood(&site, Side::Ours).map(drop))?;
-        traffic::programs(&site.lab, report, Load::Sockets, || place.turns("connect", &vip, (&place, &vip)).map(drop))?;
+        traffic::programs(&site.lab, report, Load::Sockets, || {
+            let ask = ["ip", "netns", "exec", "client", &probe, "ask", &vip, "--count", "500"];
+            let node = site.node(Side::Ours);
+            node.run(&ask)?;
+            node.run(&[&ask[..], &["--udp", "--unconnected"]].concat()).map(drop)
+        })?;
     }
     Ok(())
 }
