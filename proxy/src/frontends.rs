@@ -75,11 +75,7 @@ impl Wanted {
 }
 
 /// The frontends of a Service, by their keys for [`crate::Origin::Anyone`]: none when no proxy of ours serves it.
-pub fn frontends(
-    service: &Service,
-    slices: &[EndpointSlice],
-    node: &NodeInfo,
-) -> BTreeMap<FrontendKey, Wanted> {
+pub fn frontends(service: &Service, slices: &[EndpointSlice], node: &NodeInfo) -> BTreeMap<FrontendKey, Wanted> {
     let mut frontends = BTreeMap::new();
     if !service.is_served() {
         return frontends;
@@ -167,13 +163,7 @@ struct Port<'a> {
 }
 
 impl<'a> Port<'a> {
-    fn new(
-        service: &'a Service,
-        port: &'a ServicePort,
-        ipv6: bool,
-        slices: &[EndpointSlice],
-        node: &NodeInfo,
-    ) -> Self {
+    fn new(service: &'a Service, port: &'a ServicePort, ipv6: bool, slices: &[EndpointSlice], node: &NodeInfo) -> Self {
         let candidates = candidates(slices, &port.name, port.protocol, ipv6);
         let categories = categorise(&candidates, node);
         let backends = |chosen: &[Candidate<'_>]| -> Backends {

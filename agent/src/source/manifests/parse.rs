@@ -72,7 +72,8 @@ fn collect(value: Value, place: &str, found: &mut Vec<(ObjectRef, Option<Object>
         }
         ("v1", "Pod") => typed(value, Kind::Pod, place, |pod| convert::pod(pod).map(Object::Pod).map(Some)),
         ("discovery.k8s.io/v1", "EndpointSlice") => typed(value, Kind::EndpointSlice, place, |slice| {
-            Ok(convert::endpoint_slice(slice)?.map(|(slice, happened)| Object::EndpointSlice(slice, Times::now(happened))))
+            Ok(convert::endpoint_slice(slice)?
+                .map(|(slice, happened)| Object::EndpointSlice(slice, Times::now(happened))))
         }),
         ("networking.k8s.io/v1", "NetworkPolicy") => typed(value, Kind::NetworkPolicy, place, |policy| {
             Ok(Some(Object::NetworkPolicy(convert::network_policy(policy)?, String::new())))
