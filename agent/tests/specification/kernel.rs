@@ -196,6 +196,15 @@ impl Kernel {
         }
     }
 
+    /// Whether some frontend sends new flows to a backend.
+    pub fn serves(&self, backend: &keelway_proxy::Backend) -> bool {
+        let is = |(_, entry): &(u32, keelway_layout::Backend)| {
+            (IpAddr::from(entry.addr), entry.port.get(), entry.proto) == (backend.addr, backend.port, backend.proto)
+                && entry.flags & keelway_layout::backend_flags::DRAINING == 0
+        };
+        self.datapath.tables.backends.dump().expect("a dump").iter().any(is)
+    }
+
     /// Runs a hook's program on a packet, Ethernet header first.
     pub fn run(&mut self, hook: Hook, packet: &[u8]) -> Did {
         let before = self.counters(hook);

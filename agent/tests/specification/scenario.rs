@@ -282,14 +282,16 @@ impl Runner<'_> {
             slice.ports.iter().any(number) && slice.endpoints.iter().any(|e| e.addresses.first() == Some(&here.addr))
         });
         let is_served = verdict != Verdict::NotAService;
+        let stays = Forward { backends: BTreeSet::from([here]), affinity_seconds: 0, keep_source: false };
+        let stays = Verdict::Forward(stays);
         if proto != UDP {
-            let stays = Forward { backends: BTreeSet::from([here]), affinity_seconds: 0, keep_source: false };
-            let stays = Verdict::Forward(stays);
             let wanted = if is_known && is_served { &stays } else { &verdict };
             self.meets(&open.case, open.client, ACK, wanted).map_err(|error| format!("its data: {error}"))?;
         }
         if proto != SCTP {
-            self.meets(&open.case, open.client, AGAIN, &verdict).map_err(|error| format!("as a new flow: {error}"))?;
+            // It leaves a backend that drains for every frontend of this node, not one that only its own frontend left.
+            let wanted = if self.kernel.serves(&here) && is_served { &stays } else { &verdict };
+            self.meets(&open.case, open.client, AGAIN, wanted).map_err(|error| format!("as a new flow: {error}"))?;
         }
         Ok(())
     }
