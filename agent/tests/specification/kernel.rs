@@ -196,13 +196,13 @@ impl Kernel {
         }
     }
 
-    /// Whether some frontend sends new flows to a backend.
-    pub fn serves(&self, backend: &keelway_proxy::Backend) -> bool {
+    /// Whether a backend drains; `None` when the tables no longer have it.
+    pub fn drains(&self, backend: &keelway_proxy::Backend) -> Option<bool> {
         let is = |(_, entry): &(u32, keelway_layout::Backend)| {
             (IpAddr::from(entry.addr), entry.port.get(), entry.proto) == (backend.addr, backend.port, backend.proto)
-                && entry.flags & keelway_layout::backend_flags::DRAINING == 0
         };
-        self.datapath.tables.backends.dump().expect("a dump").iter().any(is)
+        let found = self.datapath.tables.backends.dump().expect("a dump").into_iter().find(is);
+        found.map(|(_, entry)| entry.flags & keelway_layout::backend_flags::DRAINING != 0)
     }
 
     /// Runs a hook's program on a packet, Ethernet header first.

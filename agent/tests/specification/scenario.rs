@@ -269,28 +269,50 @@ impl Runner<'_> {
         Err(format!("of {wanted:?} only {seen:?} got any of {TRIES} flows"))
     }
 
+    /// Whether slices still have a backend for what a case dials, in whatever condition: they keep an endpoint until it has
+    /// ended. `None` where the dialled number is that of two ports of the Service, and they have it for one.
+    fn knows(&self, case: &Case, backend: &Backend) -> Option<bool> {
+        let has = |service: &Service, name: &str| {
+            self.slices.values().any(|slice| {
+                let port = slice.ports.iter().any(|port| {
+                    port.name == name && port.port == Some(backend.port) && port.protocol.number() == backend.proto
+                });
+                let endpoint = slice.endpoints.iter().any(|e| e.addresses.first() == Some(&backend.addr));
+                slice.service == service.name.name && port && endpoint
+            })
+        };
+        let mut is_known = false;
+        for service in self.services.values() {
+            let dialled = service.ports.iter().filter(|port| {
+                [port.port, port.node_port].contains(&case.to.port()) && port.protocol.number() == case.proto()
+            });
+            let known: Vec<bool> = dialled.map(|port| has(service, &port.name)).collect();
+            if known.contains(&true) && known.contains(&false) {
+                return None;
+            }
+            is_known |= known.contains(&true);
+        }
+        Some(is_known)
+    }
+
     /// A flow of an earlier step.
     fn goes_on(&mut self, open: &Open) -> Result<(), String> {
         let verdict = self.reference(&open.case);
         let proto = open.case.proto();
         let here = Backend { addr: open.backend.ip(), port: open.backend.port(), proto };
-        // In whatever condition: slices keep an endpoint until it has ended.
-        let is_known = self.slices.values().any(|slice| {
-            let number = |port: &keelway_proxy::model::EndpointPort| {
-                port.port == Some(here.port) && port.protocol.number() == proto
-            };
-            slice.ports.iter().any(number) && slice.endpoints.iter().any(|e| e.addresses.first() == Some(&here.addr))
-        });
+        let Some(is_known) = self.knows(&open.case, &here) else { return Ok(()) };
+        // Another port of the Service may keep it longer.
+        let drains = self.kernel.drains(&here);
         let is_served = verdict != Verdict::NotAService;
         let stays = Forward { backends: BTreeSet::from([here]), affinity_seconds: 0, keep_source: false };
         let stays = Verdict::Forward(stays);
         if proto != UDP {
-            let wanted = if is_known && is_served { &stays } else { &verdict };
+            let wanted = if (is_known || drains.is_some()) && is_served { &stays } else { &verdict };
             self.meets(&open.case, open.client, ACK, wanted).map_err(|error| format!("its data: {error}"))?;
         }
         if proto != SCTP {
             // It leaves a backend that drains for every frontend of this node, not one that only its own frontend left.
-            let wanted = if self.kernel.serves(&here) && is_served { &stays } else { &verdict };
+            let wanted = if drains == Some(false) && is_served { &stays } else { &verdict };
             self.meets(&open.case, open.client, AGAIN, wanted).map_err(|error| format!("as a new flow: {error}"))?;
         }
         Ok(())
