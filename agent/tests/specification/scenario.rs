@@ -307,7 +307,8 @@ impl Runner<'_> {
         let stays = Forward { backends: BTreeSet::from([here]), affinity_seconds: 0, keep_source: false };
         let stays = Verdict::Forward(stays);
         if proto != UDP {
-            let wanted = if (is_known || drains.is_some()) && is_served { &stays } else { &verdict };
+            // A connection is for its two ends to end, whatever became of its backend in the slices.
+            let wanted = if (is_known || drains.is_some() || proto == TCP) && is_served { &stays } else { &verdict };
             self.meets(&open.case, open.client, ACK, wanted).map_err(|error| format!("its data: {error}"))?;
         }
         if proto != SCTP {

@@ -27,16 +27,6 @@ pub enum Client {
     Outside,
 }
 
-/// What a dialled address turns out to be.
-pub enum Dial {
-    /// No Service's.
-    Other,
-    /// Another port of a Service's address.
-    Refused,
-    /// A Service's.
-    Service(&'static Frontend),
-}
-
 /// A backend and where it was found.
 #[derive(Clone, Copy)]
 pub struct Choice {
@@ -57,11 +47,13 @@ pub fn any_of_family(addr: &Addr) -> Addr {
     if addr.is_v4() { Addr::from_v4_word(0) } else { Addr::UNSPECIFIED }
 }
 
-/// Looks up what is dialled.
+/// Looks up what is dialled: `None` if it is no Service's, an entry that [`refuses`] if it is another port of a Service's address.
+///
+/// Nothing but a pointer, since Linux 6.1's verifier forgets what a tag in memory says of the pointer beside it.
 #[inline(never)]
-pub fn dial(addr: &Addr, port: Port, proto: u8, client: Client) -> Dial {
+pub fn dial(addr: &Addr, port: Port, proto: u8, client: Client) -> Option<&'static Frontend> {
     if !matches!(proto, TCP | UDP | SCTP) {
-        return Dial::Other;
+        return None;
     }
     // Who dials no address in particular dials itself.
     let addr = match (*addr == any_of_family(addr), addr.is_v4()) {
@@ -72,12 +64,12 @@ pub fn dial(addr: &Addr, port: Port, proto: u8, client: Client) -> Dial {
     let mut key = FrontendKey::new(*addr, port, proto);
     let mut found = frontend(key);
     if found.is_none() {
-        let Some(other_port) = frontend(FrontendKey::new(*addr, Port::NONE, 0)) else { return Dial::Other };
+        let Some(other_port) = frontend(FrontendKey::new(*addr, Port::NONE, 0)) else { return None };
         if other_port.flags & frontend_flags::NODE_ADDRESS == 0 {
-            return if other_port.flags & frontend_flags::REFUSE != 0 { Dial::Refused } else { Dial::Other };
+            return if refuses(other_port) { Some(other_port) } else { None };
         }
         if other_port.flags & frontend_flags::HOST_ONLY != 0 && client != Client::Host {
-            return Dial::Other;
+            return None;
         }
         key = FrontendKey::new(any_of_family(addr), port, proto);
         found = frontend(key);
@@ -85,7 +77,13 @@ pub fn dial(addr: &Addr, port: Port, proto: u8, client: Client) -> Dial {
     if client == Client::Outside && found.is_some_and(|found| found.flags & frontend_flags::OUTSIDE_DIFFERS != 0) {
         found = frontend(key.seen_from(From::Outside));
     }
-    found.map_or(Dial::Other, Dial::Service)
+    found
+}
+
+/// Whether it stands for the ports of a Service's address that nobody serves.
+#[inline(always)]
+pub fn refuses(frontend: &Frontend) -> bool {
+    frontend.flags & frontend_flags::REFUSE != 0
 }
 
 /// Whether a frontend without backends is as if it were not there: others have some, and nobody here may be behind it.
@@ -125,28 +123,31 @@ pub fn choose(frontend: &Frontend, seed: u32) -> Option<Choice> {
     in_slot(frontend, seed % frontend.count.max(1)).or_else(|| in_slot(frontend, 0))
 }
 
-/// The backend that a client is to stay with, if it has one that still serves.
+/// No slot's number.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// The slot of the backend that a client is to stay with, if it has one that still serves; else [`NO_SLOT`].
 #[inline(never)]
-pub fn kept_for(frontend: &Frontend, client: &Addr, now: u64) -> Option<Choice> {
+pub fn kept_for(frontend: &Frontend, client: &Addr, now: u64) -> u32 {
     if frontend.affinity_seconds == 0 {
-        return None;
+        return NO_SLOT;
     }
     let key = AffinityKey { client: *client, frontend: frontend.id, reserved: 0 };
-    let entry = AFFINITY.get_ptr_mut(&key)?;
+    let Some(entry) = AFFINITY.get_ptr_mut(&key) else { return NO_SLOT };
     // SAFETY: found by this lookup; single words.
     let (seen, backend) = unsafe { ((*entry).seen, (*entry).backend) };
     if now > seen + u64::from(frontend.affinity_seconds) * SECOND {
-        return None;
+        return NO_SLOT;
     }
     // SAFETY: copied out at once.
-    let slot = unsafe { *SLOTS.get(SlotKey { frontend: frontend.id | MEMBER_BIT, slot: backend })? };
-    let choice = in_slot(frontend, slot)?;
-    if choice.id != backend {
-        return None;
+    let member = unsafe { SLOTS.get(SlotKey { frontend: frontend.id | MEMBER_BIT, slot: backend }) };
+    let Some(slot) = member.copied() else { return NO_SLOT };
+    if in_slot(frontend, slot).is_none_or(|choice| choice.id != backend) {
+        return NO_SLOT;
     }
     // SAFETY: as above.
     unsafe { (*entry).seen = now };
-    Some(choice)
+    slot
 }
 
 /// Remembers whom a client was given.
@@ -191,9 +192,7 @@ impl Asked {
 pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcome, Reason> {
     let tuple = &packet.tuple;
     let dialled = dial(&tuple.dst, tuple.dport, tuple.proto, asked.client);
-    if matches!(dialled, Dial::Other) {
-        return Ok(Outcome::Other);
-    }
+    let Some(frontend) = dialled else { return Ok(Outcome::Other) };
     // Before the Service's present state counts: a connection lives on to its end where new ones are no longer let in.
     if let Some(flow) = ct::find_of(tuple, scope::SERVICE, Way::Forward, asked.incarnation, now)
         && goes_on(packet, flow, &mut asked.backend)
@@ -208,7 +207,9 @@ pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcom
     if asked.incarnation == 0 && under_way(packet) && adopting() {
         return Ok(Outcome::Other);
     }
-    let Dial::Service(frontend) = dialled else { return Ok(Outcome::Refused) };
+    if refuses(frontend) {
+        return Ok(Outcome::Refused);
+    }
     if !serves(frontend, &tuple.src) {
         return Err(Reason::SourceRange);
     }
@@ -243,17 +244,18 @@ fn goes_on(packet: &Packet, flow: Flow, into: &mut (Addr, Port)) -> bool {
         // Whoever it was given to, its tracking knows; it begins nothing new.
         return packet.tuple.proto != TCP || under_way(packet);
     }
-    // SAFETY: read at once.
-    let Some(backend) = (unsafe { BACKENDS.get(entry.backend) }) else { return false };
-    if backend.addr != entry.nat_addr || backend.port != entry.nat_port {
-        return false;
-    }
     let opens = packet.tuple.proto == UDP || (packet.tuple.proto == TCP && packet.tcp_flags & (SYN | ACK) == SYN);
-    if backend.flags & backend_flags::DRAINING != 0 && opens {
-        return false;
+    // SAFETY: read at once.
+    let backend = unsafe { BACKENDS.get(entry.backend) };
+    let stays = match backend.filter(|backend| backend.addr == entry.nat_addr && backend.port == entry.nat_port) {
+        Some(backend) => backend.flags & backend_flags::DRAINING == 0 || !opens,
+        // It left the Service altogether. A connection is for its two ends to end; nobody else knows it.
+        None => packet.tuple.proto == TCP && !opens,
+    };
+    if stays {
+        *into = (entry.nat_addr, entry.nat_port);
     }
-    *into = (backend.addr, backend.port);
-    true
+    stays
 }
 
 /// Picks a backend for a new flow and remembers it.
@@ -264,18 +266,16 @@ fn pick(packet: &Packet, frontend: &Frontend, asked: &mut Asked, now: u64) -> Re
     let start = if frontend.flags & frontend_flags::HASHED != 0 { hash(tuple) } else { random() };
     // One backend behind two frontends would give two connections of one client the same translated flow.
     for attempt in 0..4 {
-        let choice = match kept {
-            Some(kept) => kept,
-            None => choose(frontend, start.wrapping_add(attempt)).ok_or(Reason::NoBackend)?,
-        };
+        let seed = if kept == NO_SLOT { start.wrapping_add(attempt) } else { kept };
+        let choice = choose(frontend, seed).ok_or(Reason::NoBackend)?;
         asked.backend = (choice.backend.addr, choice.backend.port);
         // A datagram flow rather takes over another's ports than to have no backend: that one has most likely ended unseen.
-        let last = attempt == 3 || kept.is_some();
+        let last = attempt == 3 || kept != NO_SLOT;
         if (last && tuple.proto == UDP) || !taken(tuple, &asked.backend, asked.incarnation, now) {
             keep_for(frontend, &tuple.src, choice.id, now);
             return remember(tuple, asked, choice.id, now);
         }
-        if kept.is_some() {
+        if kept != NO_SLOT {
             break;
         }
     }

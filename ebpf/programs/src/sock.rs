@@ -8,7 +8,7 @@ use keelway_layout::{
 
 use crate::count::count;
 use crate::kernel::{now, random};
-use crate::lb::{self, Choice, Client, Dial};
+use crate::lb::{self, Choice, Client};
 use crate::maps::{FRONTENDS, NETNS, NODE, SOCK_FORWARD, SOCK_REVERSE};
 use crate::parse::{TCP, UDP};
 use crate::service::node_addr;
@@ -169,11 +169,11 @@ pub fn connect(sock: SockAddr, hook: Hook) -> i32 {
     let mut who = Owner::UNKNOWN;
     owner(sock.netns(), !dialled.addr().is_v4(), &mut who);
     match lb::dial(&dialled.addr(), dialled.port(), dialled.proto(), who.client) {
-        Dial::Other => ALLOW,
-        Dial::Refused => refuse(hook),
+        None => ALLOW,
+        Some(frontend) if lb::refuses(frontend) => refuse(hook),
         // A connected datagram socket would keep its backend for ever; its packets are translated one by one instead.
-        Dial::Service(frontend) if dialled.proto() == UDP && who.has_device && frontend.count != 0 => ALLOW,
-        Dial::Service(frontend) => match chosen(frontend, &who) {
+        Some(frontend) if dialled.proto() == UDP && who.has_device && frontend.count != 0 => ALLOW,
+        Some(frontend) => match chosen(frontend, &who) {
             Chosen::Choice(choice) => translate(sock, hook, dialled, &choice),
             Chosen::Nobody => refuse(hook),
             Chosen::AtDevice => ALLOW,
@@ -199,10 +199,9 @@ fn chosen(frontend: &Frontend, owner: &Owner) -> Chosen {
         return if lb::drops_when_empty(frontend) { Chosen::AtDevice } else { Chosen::Nobody };
     }
     let now = now();
-    if minds_client && let Some(kept) = lb::kept_for(frontend, &owner.addr, now) {
-        return Chosen::Choice(kept);
-    }
-    let Some(choice) = lb::choose(frontend, random()) else { return Chosen::Nobody };
+    let kept = if minds_client { lb::kept_for(frontend, &owner.addr, now) } else { lb::NO_SLOT };
+    let seed = if kept == lb::NO_SLOT { random() } else { kept };
+    let Some(choice) = lb::choose(frontend, seed) else { return Chosen::Nobody };
     if minds_client {
         lb::keep_for(frontend, &owner.addr, choice.id, now);
     }
@@ -216,9 +215,9 @@ pub fn sendmsg(sock: SockAddr, hook: Hook) -> i32 {
     let mut who = Owner::UNKNOWN;
     owner(sock.netns(), !dialled.addr().is_v4(), &mut who);
     match lb::dial(&dialled.addr(), dialled.port(), UDP, who.client) {
-        Dial::Other => ALLOW,
-        Dial::Refused => refuse(hook),
-        Dial::Service(frontend) => match kept_or_chosen(sock, dialled, frontend, &who) {
+        None => ALLOW,
+        Some(frontend) if lb::refuses(frontend) => refuse(hook),
+        Some(frontend) => match kept_or_chosen(sock, dialled, frontend, &who) {
             Chosen::Choice(choice) => translate(sock, hook, dialled, &choice),
             Chosen::Nobody => refuse(hook),
             Chosen::AtDevice => ALLOW,
