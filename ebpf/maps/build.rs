@@ -9,7 +9,7 @@ use std::process::Command;
 const NO_TOOLCHAIN: i32 = 3;
 
 fn main() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let root = Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("../..");
     for watched in
         ["ebpf/programs/src", "ebpf/programs/Cargo.toml", "ebpf/layout/src", "hack/build-bpf", "hack/bpf-toolchain.sh"]
     {

@@ -158,7 +158,7 @@ fn client(random: &mut Random, from: From, v6: bool) -> IpAddr {
         From::Pod => pod(1, last, v6),
         From::RemotePod => pod(2, last, v6),
         From::Outside if v6 => ip(&format!("2001:db8:{}::{last}", 1 + random.below(2))),
-        From::Outside => ip(&random.pick(&["203.0.113.1", "203.0.113.200", "198.51.100.21", "198.18.7.7"])),
+        From::Outside => ip(random.pick(&["203.0.113.1", "203.0.113.200", "198.51.100.21", "198.18.7.7"])),
     }
 }
 

@@ -46,6 +46,12 @@ impl Addr {
         self.words
     }
 
+    /// The four words where they are, network byte order.
+    #[inline(always)]
+    pub const fn as_words(&self) -> &[u32; 4] {
+        &self.words
+    }
+
     /// The IPv4 address as one word in network byte order; meaningful if [`Self::is_v4`].
     #[inline(always)]
     pub const fn v4_word(&self) -> u32 {

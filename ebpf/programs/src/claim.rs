@@ -19,7 +19,7 @@ pub fn try_take(key: &CtKey) -> bool {
 }
 
 /// Takes the claim of a key once it is free. False if it never was, within the tries.
-#[inline(never)]
+#[inline(always)]
 pub fn take(key: &CtKey) -> bool {
     for _ in 0..TRIES {
         if try_take(key) {

@@ -135,6 +135,15 @@ pub fn find(tuple: &CtKey, scope: u8, way: Way, incarnation: u32, now: u64) -> O
     (entry.expires > now && entry.incarnation == incarnation).then_some(entry)
 }
 
+/// The live flow of a key that is kept elsewhere than on the stack, of which there is little.
+#[inline(always)]
+pub fn find_drafted(draft: &Draft, incarnation: u32, now: u64) -> Option<Flow> {
+    let entry: *mut CtEntry = CONNTRACK.get_ptr_mut(&draft.key)?;
+    // SAFETY: found by this lookup; see [`Flow`] for who else writes.
+    let found = unsafe { &*entry };
+    (found.expires > now && found.incarnation == incarnation).then_some(Flow(found, entry))
+}
+
 /// As [`find`], as a [`Flow`].
 #[inline(always)]
 pub fn find_of(tuple: &CtKey, scope: u8, way: Way, incarnation: u32, now: u64) -> Option<Flow> {

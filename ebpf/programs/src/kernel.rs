@@ -55,17 +55,17 @@ pub fn lpm_get<K: IntoBytes + Immutable, D, V>(map: &'static LpmTrie<D, V>, key:
     }
 }
 
-/// The ones' complement sum that turns a checksum over `from` into one over `to`.
+/// The ones' complement sum that turns a checksum over `from` into one over `to`, added to `seed`.
 #[inline(always)]
-pub fn csum_diff(from: &mut [u32], to: &mut [u32]) -> Result<u32, Reason> {
-    // SAFETY: both slices are readable for their whole length, a multiple of four bytes.
+pub fn csum_diff(from: &[u32], to: &[u32], seed: u32) -> Result<u32, Reason> {
+    // SAFETY: both slices are readable for their whole length, a multiple of four bytes; the helper only reads them.
     let sum = unsafe {
         h::bpf_csum_diff(
-            if from.is_empty() { core::ptr::null_mut() } else { from.as_mut_ptr() },
+            if from.is_empty() { core::ptr::null_mut() } else { from.as_ptr().cast_mut() },
             (from.len() * 4) as u32,
-            if to.is_empty() { core::ptr::null_mut() } else { to.as_mut_ptr() },
+            if to.is_empty() { core::ptr::null_mut() } else { to.as_ptr().cast_mut() },
             (to.len() * 4) as u32,
-            0,
+            seed,
         )
     };
     if sum < 0 { Err(Reason::Helper) } else { Ok(sum as u32) }

@@ -320,10 +320,9 @@ fn hash(tuple: &CtKey) -> u32 {
 #[inline(never)]
 fn taken(tuple: &CtKey, backend: &(Addr, Port), incarnation: u32, now: u64) -> bool {
     let scope = if incarnation == 0 { scope::LB } else { scope::OUT };
-    // On the draft's page and not on the stack, of which Linux 6.1 counts 32 bytes at a time.
     let Ok(translated) = ct::draft(tuple, scope) else { return false };
     translated.key.dst = backend.0;
     translated.key.dport = backend.1;
-    ct::find_of(&translated.key, scope, Way::Forward, incarnation, now)
+    ct::find_drafted(translated, incarnation, now)
         .is_some_and(|flow| !flow.is_over(tuple.proto, now) && flow.dialled() != Some((tuple.dst, tuple.dport)))
 }

@@ -34,24 +34,25 @@ pub fn port_unreachable_back(skb: Skb, packet: &Packet) -> Result<i32, Reason> {
 fn answer(skb: Skb, packet: &Packet) -> Result<(), Reason> {
     // The kernel does not cut a packet shorter than the checksum that is yet to be filled in, which TCP's header ends with.
     match (packet.v6, packet.tuple.proto == TCP) {
-        (false, true) => v4::<10, 12>(skb, packet)?,
-        (false, false) => v4::<7, 9>(skb, packet)?,
-        (true, true) => v6::<15, 27>(skb)?,
-        (true, false) => v6::<12, 24>(skb)?,
+        (false, true) => v4::<10>(skb, packet)?,
+        (false, false) => v4::<7>(skb, packet)?,
+        (true, true) => v6::<15>(skb)?,
+        (true, false) => v6::<12>(skb)?,
     }
     Ok(())
 }
 
-/// RFC 792: the header and the first eight bytes, or more, come back. `QUOTED` and `ICMP` count words: what is quoted, and that
-/// with the ICMP header.
+/// RFC 792: the header and the first eight bytes, or more, come back. `QUOTED` counts the words that are quoted.
 #[inline(never)]
-fn v4<const QUOTED: usize, const ICMP: usize>(skb: Skb, packet: &Packet) -> Result<(), Reason> {
+fn v4<const QUOTED: usize>(skb: Skb, packet: &Packet) -> Result<(), Reason> {
     const HEADERS: u32 = 28;
     let quoted_len = QUOTED as u32 * 4;
     if packet.l4 != ETH_LEN + 20 {
         return Err(Reason::NoBackend);
     }
     let quoted: [u32; QUOTED] = skb.load(ETH_LEN)?;
+    // Beside what is quoted: type 3, code 3, "port unreachable".
+    let csum = fold(csum_diff(&[], &quoted, u32::from(u16::from_ne_bytes([3, 3])))?);
     let ip: Ipv4 = skb.load(ETH_LEN)?;
     skb.set_len(ETH_LEN + quoted_len)?;
     skb.insert_l3(HEADERS as i32)?;
@@ -67,17 +68,8 @@ fn v4<const QUOTED: usize, const ICMP: usize>(skb: Skb, packet: &Packet) -> Resu
         src: ip.dst,
         dst: ip.src,
     };
-    let mut words: [u32; 5] = zerocopy::transmute!(header);
-    header.csum = fold(csum_diff(&mut [], &mut words)?);
-    // Destination unreachable, port unreachable.
-    let mut icmp = [0; ICMP];
-    icmp[0] = u32::from_ne_bytes([3, 3, 0, 0]);
-    let mut i = 0;
-    while i < QUOTED {
-        icmp[2 + i] = quoted[i];
-        i += 1;
-    }
-    let csum = fold(csum_diff(&mut [], &mut icmp)?);
+    let words: [u32; 5] = zerocopy::transmute!(header);
+    header.csum = fold(csum_diff(&[], &words, 0)?);
     skb.store(ETH_LEN, &header)?;
     skb.store(ETH_LEN + 20, &[3u8, 3])?;
     skb.store(ETH_LEN + 22, &csum)?;
@@ -85,12 +77,13 @@ fn v4<const QUOTED: usize, const ICMP: usize>(skb: Skb, packet: &Packet) -> Resu
     Ok(())
 }
 
-/// RFC 4443: as much as fits would be welcome; the headers are what stacks read. `SUMMED` counts the words that the checksum covers.
+/// RFC 4443: as much as fits would be welcome; the headers are what stacks read. `QUOTED` counts the words that are quoted.
 #[inline(never)]
-fn v6<const QUOTED: usize, const SUMMED: usize>(skb: Skb) -> Result<(), Reason> {
+fn v6<const QUOTED: usize>(skb: Skb) -> Result<(), Reason> {
     const HEADERS: u32 = 48;
     let quoted_len = QUOTED as u32 * 4;
     let quoted: [u32; QUOTED] = skb.load(ETH_LEN)?;
+    let sum = csum_diff(&[], &quoted, 0)?;
     let ip: Ipv6 = skb.load(ETH_LEN)?;
     skb.set_len(ETH_LEN + quoted_len)?;
     skb.insert_l3(HEADERS as i32)?;
@@ -102,23 +95,11 @@ fn v6<const QUOTED: usize, const SUMMED: usize>(skb: Skb) -> Result<(), Reason> 
         src: ip.dst,
         dst: ip.src,
     };
-    // Pseudo header (RFC 8200 section 8.1), then type 1 code 4, then what is quoted.
-    let mut sum = [0; SUMMED];
-    let mut i = 0;
-    while i < 4 {
-        sum[i] = header.src[i];
-        sum[4 + i] = header.dst[i];
-        i += 1;
-    }
-    sum[8] = (8 + quoted_len).to_be();
-    sum[9] = u32::from(ICMP6).to_be();
-    sum[10] = u32::from_ne_bytes([1, 4, 0, 0]);
-    let mut i = 0;
-    while i < QUOTED {
-        sum[12 + i] = quoted[i];
-        i += 1;
-    }
-    let csum = fold(csum_diff(&mut [], &mut sum)?);
+    // Beside what is quoted: the pseudo header (RFC 8200 section 8.1), and type 1 code 4.
+    let sum = csum_diff(&[], &header.src, sum)?;
+    let sum = csum_diff(&[], &header.dst, sum)?;
+    let rest = [(8 + quoted_len).to_be(), u32::from(ICMP6).to_be(), u32::from_ne_bytes([1, 4, 0, 0])];
+    let csum = fold(csum_diff(&[], &rest, sum)?);
     skb.store(ETH_LEN, &header)?;
     skb.store(ETH_LEN + 40, &[1u8, 4])?;
     skb.store(ETH_LEN + 42, &csum)?;

@@ -1,6 +1,6 @@
 //! Changing addresses and ports in place, checksums included.
 
-use keelway_layout::{Addr, Port, Reason, crc32c};
+use keelway_layout::{Addr, CtKey, Port, Reason, crc32c};
 
 use crate::kernel::{Skb, csum_diff};
 use crate::parse::{ETH_LEN, ICMP4, ICMP6, Kind, Packet, SCTP, TCP, UDP};
@@ -10,6 +10,24 @@ use crate::parse::{ETH_LEN, ICMP4, ICMP6, Kind, Packet, SCTP, TCP, UDP};
 pub enum Side {
     Source,
     Destination,
+}
+
+impl Side {
+    #[inline(always)]
+    fn addr(self, tuple: &CtKey) -> &Addr {
+        match self {
+            Self::Source => &tuple.src,
+            Self::Destination => &tuple.dst,
+        }
+    }
+
+    #[inline(always)]
+    fn port(self, tuple: &CtKey) -> Port {
+        match self {
+            Self::Source => tuple.sport,
+            Self::Destination => tuple.dport,
+        }
+    }
 }
 
 /// Offset of the checksum in the transport header, and whether zero stands for none.
@@ -26,11 +44,8 @@ const fn l4_checksum(proto: u8, v6: bool) -> Option<(u32, bool)> {
 /// Puts another address and port at one side of the packet and of its tuple.
 #[inline(never)]
 pub fn packet(skb: Skb, packet: &mut Packet, side: Side, addr: Addr, port: Port) -> Result<(), Reason> {
-    let (old_addr, old_port) = match side {
-        Side::Source => (packet.tuple.src, packet.tuple.sport),
-        Side::Destination => (packet.tuple.dst, packet.tuple.dport),
-    };
-    address(skb, packet, side, old_addr, addr)?;
+    let old_port = side.port(&packet.tuple);
+    address(skb, packet, side, &addr)?;
     let names_port = packet.kind == Kind::Flow;
     if names_port && old_port != port && packet.has_l4 {
         self::port(skb, packet, side, old_port, port)?;
@@ -49,13 +64,14 @@ pub fn packet(skb: Skb, packet: &mut Packet, side: Side, addr: Addr, port: Port)
 }
 
 #[inline(always)]
-fn address(skb: Skb, packet: &Packet, side: Side, old: Addr, new: Addr) -> Result<(), Reason> {
+fn address(skb: Skb, packet: &Packet, side: Side, new: &Addr) -> Result<(), Reason> {
     let checksum = l4_checksum(packet.tuple.proto, packet.v6);
+    let old = side.addr(&packet.tuple);
     if packet.v6 {
         if let Some((offset, optional)) = checksum
             && packet.has_l4
         {
-            let diff = csum_diff(&mut old.words(), &mut new.words())?;
+            let diff = csum_diff(old.as_words(), new.as_words(), 0)?;
             skb.fix_l4_csum(packet.l4 + offset, 0, diff, 0, true, optional)?;
         }
         skb.store(ETH_LEN + if side == Side::Source { 8 } else { 24 }, &new.words())
@@ -114,12 +130,9 @@ fn sctp_port(skb: Skb, packet: &Packet, side: Side, old: Port, new: Port) -> Res
 pub fn inner(skb: Skb, outer: &Packet, carried: &Packet, side: Side, addr: Addr, port: Port) -> Result<(), Reason> {
     let l3 = outer.l4 + 8;
     let csum = outer.l4 + 2;
-    let (old_addr, old_port) = match side {
-        Side::Source => (carried.tuple.src, carried.tuple.sport),
-        Side::Destination => (carried.tuple.dst, carried.tuple.dport),
-    };
+    let (old_addr, old_port) = (side.addr(&carried.tuple), side.port(&carried.tuple));
     if outer.v6 {
-        let diff = csum_diff(&mut old_addr.words(), &mut addr.words())?;
+        let diff = csum_diff(old_addr.as_words(), addr.as_words(), 0)?;
         skb.fix_l4_csum(csum, 0, diff, 0, false, false)?;
         skb.store(l3 + if side == Side::Source { 8 } else { 24 }, &addr.words())?;
     } else {

@@ -105,7 +105,7 @@ fn boot(series: &str, work: &Path, programs: &[String]) -> anyhow::Result<Row> {
     let (kernel, initrd) = (format!("{out}/vmlinuz"), format!("{out}/initrd"));
     #[rustfmt::skip]
     let qemu = [
-        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "3072", "-nographic",
+        "qemu-system-x86_64", "-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", "3072", "-nographic",
         "-no-reboot", "-nic", "none", "-device", "virtio-rng-pci", "-kernel", &kernel, "-initrd", &initrd,
         "-append", "console=ttyS0 quiet loglevel=3 panic=-1",
     ];

@@ -105,11 +105,14 @@ fn no_local(node: &Node) -> Result<BTreeMap<String, f64>> {
     Ok(found)
 }
 
+/// Who was asked, the status, the headers and the verdicts of the body.
+type Health = (String, u16, BTreeMap<String, String>, Vec<(String, Value)>);
+
 /// What was seen of whoever serves the node.
 #[derive(Debug, PartialEq)]
 struct Seen {
     checks: Vec<(String, u16, BTreeMap<String, String>, String)>,
-    health: Vec<(String, u16, BTreeMap<String, String>, Vec<(String, Value)>)>,
+    health: Vec<Health>,
     no_local: BTreeMap<String, f64>,
 }
 
