@@ -14,6 +14,19 @@ pub enum Error {
         /// The oldest that is supported.
         floor: &'static str,
     },
+    /// The kernel was built without something, or forbids it.
+    #[error("this kernel, Linux {release}, does not have {what}, which is needed (look for {option} in its configuration)")]
+    NoFeature {
+        /// What is missing.
+        what: &'static str,
+        /// The option that brings it.
+        option: &'static str,
+        /// Its release.
+        release: String,
+    },
+    /// This process lacks the right.
+    #[error("this process may not load BPF programs: it needs the capabilities CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN")]
+    NotPermitted,
     /// `--bpffs` is not a bpffs.
     #[error("--bpffs {path}: not a bpf file system (mount -t bpf bpf {path})")]
     NotBpffs {

@@ -8,6 +8,7 @@ mod attach;
 mod clsact;
 mod connections;
 mod error;
+mod features;
 pub mod fake;
 mod loader;
 mod object;

@@ -11,6 +11,7 @@ use keelway_layout::{Hook, NodeState, maps};
 use crate::attach::Attachments;
 use crate::connections::Connections;
 use crate::error::Error;
+use crate::features;
 use crate::object::object;
 use crate::pins::{Pins, specs};
 use crate::sockets::SocketTables;
@@ -97,6 +98,7 @@ impl Datapath {
     pub fn open(bpffs: &Path) -> Result<Self, Error> {
         let object = object()?;
         check_kernel(&release())?;
+        features::check()?;
         let pins = Pins::below(bpffs);
         pins.prepare(bpffs)?;
         pins.check_maps()?;
@@ -210,7 +212,7 @@ impl Datapath {
     }
 }
 
-fn release() -> String {
+pub(crate) fn release() -> String {
     nix::sys::utsname::uname().map(|names| names.release().to_string_lossy().into_owned()).unwrap_or_default()
 }
 

@@ -116,3 +116,38 @@ fn a_newer_layout_is_left_alone() {
     let error = Datapath::open(bpffs.path()).err().expect("an error");
     assert!(matches!(error, Error::NewerLayout { found: 99, .. }), "{error}");
 }
+
+/// Runs `work` in a thread for which the system call bpf(2) fails with `errno`.
+#[cfg(target_arch = "x86_64")]
+fn with_bpf_failing<T: Send>(errno: i32, work: impl FnOnce() -> T + Send) -> T {
+    use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+    let op = |code: u32, jt, jf, k| sock_filter { code: code as u16, jt, jf, k };
+    let filter = [
+        op(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
+        op(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, libc::SYS_bpf as u32),
+        op(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
+        op(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let confined = || {
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+        // SAFETY: the filter is read, for its length, before the call returns; it holds for this thread alone, which ends soon.
+        let done = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(confined).join().unwrap())
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+#[cfg_attr(no_programs, ignore = "built without the kernel side: hack/setup build")]
+fn a_kernel_without_bpf_and_a_process_that_may_not_are_told_apart() {
+    let bpffs = Bpffs::new();
+    let opened = |errno| with_bpf_failing(errno, || Datapath::open(bpffs.path()).err().unwrap());
+    let missing = opened(libc::ENOSYS);
+    assert!(matches!(&missing, Error::NoFeature { option: "CONFIG_BPF_SYSCALL", .. }), "{missing}");
+    assert!(missing.to_string().contains("does not have the bpf system call"), "{missing}");
+    let forbidden = opened(libc::EPERM);
+    assert!(matches!(&forbidden, Error::NotPermitted), "{forbidden}");
+    assert!(!bpffs.path().join("keelway").exists(), "nothing was begun");
+}
