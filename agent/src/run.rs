@@ -46,6 +46,7 @@ use crate::sweep::{self, Flows};
 
 /// How often the host's state is compared with what it should be, and the agent's sign of life renewed.
 const HOST_PERIOD: Duration = Duration::from_secs(30);
+const NODE_WAIT: Duration = Duration::from_secs(10);
 const HOST_RETRY: Duration = Duration::from_secs(2);
 
 /// Runs until SIGTERM or SIGINT.
@@ -331,6 +332,8 @@ struct HostTask {
 
 impl HostTask {
     async fn run(mut self) {
+        // The objects are just being read: to know of no Node yet is nothing to warn of.
+        let _ = tokio::time::timeout(NODE_WAIT, self.node.wait_for(Option::is_some)).await;
         loop {
             let again = match self.once().await {
                 Ok(()) => {

@@ -15,7 +15,9 @@ pub enum Error {
         floor: &'static str,
     },
     /// The kernel was built without something, or forbids it.
-    #[error("this kernel, Linux {release}, does not have {what}, which is needed (look for {option} in its configuration)")]
+    #[error(
+        "this kernel, Linux {release}, does not have {what}, which is needed (look for {option} in its configuration)"
+    )]
     NoFeature {
         /// What is missing.
         what: &'static str,
@@ -25,7 +27,9 @@ pub enum Error {
         release: String,
     },
     /// This process lacks the right.
-    #[error("this process may not load BPF programs: it needs the capabilities CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN")]
+    #[error(
+        "this process may not load BPF programs: it needs the capabilities CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN"
+    )]
     NotPermitted,
     /// `--bpffs` is not a bpffs.
     #[error("--bpffs {path}: not a bpf file system (mount -t bpf bpf {path})")]
