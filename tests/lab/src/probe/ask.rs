@@ -4,6 +4,8 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use socket2::{Domain, Protocol, Socket, Type};
+
 use super::{Ask, Asked, Percentiles, Request, failure};
 
 /// One answer: who, whom they saw, how long it took, and whether it came from the address asked.
@@ -24,7 +26,7 @@ pub(super) fn ask(wanted: &Ask) -> Asked {
         }
         report.tried += 1;
         let begin = unix_micros();
-        let answer = if wanted.udp { ask_udp(wanted, number) } else { ask_tcp(wanted, number) };
+        let answer = if wanted.udp { ask_udp(wanted, number) } else { ask_stream(wanted, number) };
         if wanted.log {
             let outcome = answer.as_ref().map(|answer| answer.name.clone()).map_err(failure);
             report.log.push(Request { begin, end: unix_micros(), outcome });
@@ -49,18 +51,29 @@ fn unix_micros() -> u64 {
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn ask_tcp(wanted: &Ask, number: u64) -> io::Result<Answer> {
+fn ask_stream(wanted: &Ask, number: u64) -> io::Result<Answer> {
     let (limit, start) = (Duration::from_millis(wanted.timeout), Instant::now());
-    let mut stream = TcpStream::connect_timeout(&wanted.target, limit)?;
+    let mut stream = connect(wanted, limit)?;
     let took = start.elapsed();
     stream.set_read_timeout(Some(limit))?;
-    stream.set_nodelay(true)?;
     stream.write_all(format!("{number}\n").as_bytes())?;
     let mut line = String::new();
     if BufReader::new(&stream).read_line(&mut line)? == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     read_answer(&line, number, took, stream.peer_addr()? == wanted.target)
+}
+
+fn connect(wanted: &Ask, limit: Duration) -> io::Result<TcpStream> {
+    if !wanted.sctp {
+        let stream = TcpStream::connect_timeout(&wanted.target, limit)?;
+        stream.set_nodelay(true)?;
+        return Ok(stream);
+    }
+    let socket = Socket::new(Domain::for_address(wanted.target), Type::STREAM, Some(Protocol::SCTP))?;
+    socket.connect_timeout(&wanted.target.into(), limit)?;
+    // To read and write it is as one of TCP (RFC 6458 section 4, the one-to-one style).
+    Ok(socket.into())
 }
 
 fn ask_udp(wanted: &Ask, number: u64) -> io::Result<Answer> {

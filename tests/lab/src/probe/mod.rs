@@ -22,9 +22,9 @@ use serde::{Deserialize, Serialize};
 pub enum Probe {
     /// Hold a pod's namespaces and reap its orphans, until told to end.
     Pause,
-    /// Answer on this port, TCP and UDP, both families, until told to end.
+    /// Answer on this port, TCP, UDP and, where the kernel has it, SCTP, both families, until told to end.
     Serve {
-        /// TCP and UDP port.
+        /// The port, of each transport.
         #[arg(long, default_value_t = 8080)]
         port: u16,
         /// What to call itself; the host name if not given.
@@ -47,6 +47,9 @@ pub struct Ask {
     /// UDP instead of TCP.
     #[arg(long)]
     pub udp: bool,
+    /// SCTP instead of TCP.
+    #[arg(long, conflicts_with = "udp")]
+    pub sctp: bool,
     /// For UDP: do not connect the socket; send with an address each time.
     #[arg(long)]
     pub unconnected: bool,
@@ -237,7 +240,7 @@ mod tests {
         std::thread::spawn(move || serve::serve(port, Some("me")));
         let target: SocketAddr = format!("127.0.0.1:{port}").parse().unwrap();
         let ask = |udp, unconnected| {
-            ask::ask(&Ask { target, udp, unconnected, count: 5, rate: 0, timeout: 1000, log: false })
+            ask::ask(&Ask { target, udp, sctp: false, unconnected, count: 5, rate: 0, timeout: 1000, log: false })
         };
         crate::sh::wait_for("the server", Duration::from_secs(5), || {
             anyhow::ensure!(ask(true, false).answered() == 5);
@@ -255,6 +258,7 @@ mod tests {
         let refused = ask::ask(&Ask {
             target: closed,
             udp: false,
+            sctp: false,
             unconnected: false,
             count: 2,
             rate: 0,

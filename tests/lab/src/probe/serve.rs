@@ -4,7 +4,9 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
+use socket2::{Domain, Protocol, Socket, Type};
 
 /// Serves until SIGTERM. (As a pod's first process it would ignore that signal without saying so.)
 pub(super) fn serve(port: u16, name: Option<&str>) -> Result<()> {
@@ -17,18 +19,36 @@ pub(super) fn serve(port: u16, name: Option<&str>) -> Result<()> {
     let udp = UdpSocket::bind(all).with_context(|| format!("binding {all}"))?;
     let for_udp = name.clone();
     thread::spawn(move || serve_udp(&udp, &for_udp));
-    thread::spawn(move || {
-        for stream in tcp.incoming().flatten() {
-            let name = name.clone();
-            thread::spawn(move || serve_tcp(&stream, &name));
-        }
-    });
+    if let Some(sctp) = listen_sctp(all)? {
+        let name = name.clone();
+        thread::spawn(move || serve_streams(&sctp, &name));
+    }
+    thread::spawn(move || serve_streams(&tcp, &name));
     stop.wait()?;
     Ok(())
 }
 
-fn serve_tcp(stream: &TcpStream, name: &str) -> Option<()> {
-    stream.set_nodelay(true).ok()?;
+/// None where the kernel has no SCTP. (Its sockets of the one-to-one style accept, read and write as TCP's do, RFC 6458 section 4.)
+fn listen_sctp(all: SocketAddr) -> Result<Option<TcpListener>> {
+    let socket = match Socket::new(Domain::for_address(all), Type::STREAM, Some(Protocol::SCTP)) {
+        Err(error) if error.raw_os_error() == Some(Errno::EPROTONOSUPPORT as i32) => return Ok(None),
+        other => other?,
+    };
+    socket.bind(&all.into()).with_context(|| format!("binding {all} for SCTP"))?;
+    socket.listen(128)?;
+    Ok(Some(socket.into()))
+}
+
+fn serve_streams(listener: &TcpListener, name: &str) {
+    for stream in listener.incoming().flatten() {
+        let name = name.to_owned();
+        thread::spawn(move || answer(&stream, &name));
+    }
+}
+
+fn answer(stream: &TcpStream, name: &str) -> Option<()> {
+    // SCTP has an option of its own for it.
+    let _ = stream.set_nodelay(true);
     let peer = plain(stream.peer_addr().ok()?.ip());
     let mut output = stream;
     for line in BufReader::new(stream).lines() {
