@@ -163,7 +163,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         health_checks: health_check_problems,
     };
     serve_api(&config, attachments.clone(), inspect)?;
-    tokio::spawn(show_signs_of_life(config.run_dir.clone()));
+    tokio::spawn(show_signs_of_life(config.run_dir.clone(), config.status_grace));
     tokio::spawn(drain_when_synced(engine, attachments));
     tracing::info!(node = %config.node_name, routing = config.routing.as_str(), "running");
 
@@ -293,13 +293,15 @@ fn serve_api(config: &Config, attachments: AttachmentService, inspect: InspectSe
 }
 
 /// keelway-cni's STATUS reads from this file when an agent was last there.
-async fn show_signs_of_life(run_dir: std::path::PathBuf) {
+async fn show_signs_of_life(run_dir: std::path::PathBuf, grace: Duration) {
     let path = run_dir.join(SEEN_FILE);
+    // Twice within the grace, so that an agent that is there never seems away.
+    let period = HOST_PERIOD.min(grace / 2).max(Duration::from_millis(100));
     loop {
         if let Err(error) = touch(&path) {
             tracing::warn!(path = %path.display(), %error, "the sign of life cannot be renewed");
         }
-        tokio::time::sleep(HOST_PERIOD).await;
+        tokio::time::sleep(period).await;
     }
 }
 
