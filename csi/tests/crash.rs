@@ -340,7 +340,7 @@ async fn live_and_die(scenario: &Scenario, at: usize) -> usize {
         driver.controller().await.delete_volume(world.calls.delete()).await.unwrap();
     }
     driver.assert_clean();
-    assert!(driver.stop() == Some(0), "{when}");
+    assert!(driver.stop_with_connections().await == Some(0), "{when}");
     let journal = std::fs::read_to_string(driver.path("state/journal")).unwrap();
     let begun = journal.matches("\"begin\"").count();
     assert_eq!(begun, journal.matches("\"end\"").count(), "{when}: an intent is left open\n{journal}");

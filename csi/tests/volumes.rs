@@ -84,7 +84,7 @@ async fn data_outlives_pods_and_drivers() {
         withdraw(&driver, &calls).await;
         delete(&driver, &calls).await;
         delete(&driver, &calls).await;
-        assert_eq!(driver.stop(), Some(0));
+        assert_eq!(driver.stop_with_connections().await, Some(0));
         assert!(!driver.socket().exists());
         driver.assert_clean();
     }

@@ -149,12 +149,28 @@ impl Driver {
         }
     }
 
-    /// SIGTERM; returns the exit code.
+    /// SIGTERM; returns the exit code. Only without connections of our own: they would not answer meanwhile, and the driver
+    /// waits a second for those.
     pub fn stop(&mut self) -> Option<i32> {
-        let mut child = self.child.take().expect("a driver to stop");
+        self.terminate().wait().unwrap().code()
+    }
+
+    /// The same while our connections go on.
+    pub async fn stop_with_connections(&mut self) -> Option<i32> {
+        let mut child = self.terminate();
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status.code();
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    fn terminate(&mut self) -> Child {
+        let child = self.child.take().expect("a driver to stop");
         let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        child.wait().unwrap().code()
+        child
     }
 
     pub async fn channel(&self) -> Channel {

@@ -257,7 +257,7 @@ fn cluster(id: &str, command: ClusterCommand) -> Result<i32> {
         }
         ClusterCommand::ConformanceStorage { focus } => {
             let cluster = Cluster::open(id)?;
-            let outcome = storage::explained(storage::run(&cluster, &focus)?)?;
+            let outcome = storage::run(&cluster, &focus)?;
             let command = match focus == storage::FOCUS {
                 true => "hack/conformance-storage".to_owned(),
                 false => format!("hack/conformance-storage --focus '{focus}'"),

@@ -19,6 +19,8 @@ const SIDECARS: [(&str, &str); 4] = [
 ];
 const BUSYBOX: &str = "registry.k8s.io/e2e-test-images/busybox:1.37.0-1";
 const DNS_TESTING: &str = "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.0.0";
+/// Asked for by specs that only run a script in it.
+const NGINX: &str = "registry.k8s.io/e2e-test-images/nginx:1.15-4";
 const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.63.0";
 /// A server that sends its clients segments from outside of their windows.
 const STRAY: &str = "regression-issue-74839";
@@ -37,7 +39,10 @@ pub fn write(bin: &Path, dir: &Path) -> Result<Vec<PathBuf>> {
         add("coredns", Image::new(COREDNS, &["/coredns"]).file(&bin.join("coredns"), "/coredns")?)?;
     }
     if bin.join("agnhost").exists() {
-        add("busybox", tools(Image::new(BUSYBOX, &["/bin/sh"]))?)?;
+        // Scripts of specs count by `let`, which dash does not know.
+        let bash = sh::system("bash")?;
+        add("busybox", tools(Image::new(BUSYBOX, &["/bin/sh"]))?.file(&bash, "/bin/sh")?)?;
+        add("nginx", tools(Image::new(NGINX, &["/bin/sh"]))?)?;
         add("glibc-dns-testing", tools(Image::new(DNS_TESTING, &["/bin/sh"]))?)?;
         // agnhost serves TLS with a key pair that it expects in its working directory.
         let (key, certificate) = (dir.join("localhost.key"), dir.join("localhost.crt"));

@@ -1,5 +1,5 @@
 //! Upstream's External.Storage specs, which a file of ours tells about the driver.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
 
@@ -10,23 +10,31 @@ use super::suite::{self, Fate, Outcome};
 /// All of them.
 pub const FOCUS: &str = r"External.Storage";
 
-/// Why the suite may leave a spec out, and why that is right.
+/// Why the suite may leave a spec out, and why that is right; and what cannot be run at all.
 const CANNOT: &str = include_str!("../../../csi/external-storage-cannot.txt");
 
-/// Runs the specs that match [`FOCUS`] and this, and returns what became of each.
+/// Runs the specs that match [`FOCUS`] and this, and returns what became of each, [`explained`].
 pub fn run(cluster: &Cluster, focus: &str) -> Result<Outcome> {
     let driver = root().join("tests/csi/external-storage.yaml");
     let flags = [format!("--storage.testdriver={}", driver.display())];
     let all = suite::dry(cluster, FOCUS, &flags)?;
     ensure!(!all.is_empty(), "the suite knows no spec of {}", driver.display());
     let matching = if focus == FOCUS { all } else { &all & &suite::dry(cluster, focus, &flags)? };
-    println!("{} specs", matching.len());
-    suite::run(cluster, matching, &flags)
+    let known = known(CANNOT)?;
+    let reason = |spec: &str| {
+        let named = known.iter().find(|(part, _)| part.strip_prefix("spec: ").is_some_and(|part| spec.contains(part)));
+        named.map(|(_, reason)| Fate::Skipped((*reason).to_owned()))
+    };
+    let (cannot, can): (BTreeSet<_>, BTreeSet<_>) = matching.into_iter().partition(|spec| reason(spec).is_some());
+    println!("{} specs to run, {} cannot be", can.len(), cannot.len());
+    let mut outcome = explained(suite::run(cluster, can, &flags)?)?;
+    outcome.extend(cannot.into_iter().filter_map(|spec| reason(&spec).map(|fate| (spec, fate))));
+    Ok(outcome)
 }
 
 /// Gives what the suite left out for a reason that `external-storage-cannot.txt` knows our words for it, and what it left out
 /// for any other reason as failed.
-pub fn explained(outcome: Outcome) -> Result<Outcome> {
+fn explained(outcome: Outcome) -> Result<Outcome> {
     let known = known(CANNOT)?;
     let explain = |fate| match fate {
         Fate::Skipped(words) => match known.iter().find(|(part, _)| words.contains(*part)) {
@@ -38,7 +46,7 @@ pub fn explained(outcome: Outcome) -> Result<Outcome> {
     Ok(outcome.into_iter().map(|(spec, fate)| (spec, explain(fate))).collect())
 }
 
-/// A line is a part of the suite's words, ` => `, and our reason.
+/// A line is a part of the suite's words, or `spec: ` and a part of a spec's name; then ` => `, and our reason.
 fn known(text: &str) -> Result<BTreeMap<&str, &str>> {
     let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
     lines.map(|line| line.split_once(" => ").with_context(|| format!("{line:?} has no ` => `"))).collect()

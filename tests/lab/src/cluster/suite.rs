@@ -12,7 +12,7 @@ use super::{Cluster, programs};
 use crate::sh;
 
 /// Suites at a time.
-const WORKERS: usize = 4;
+const WORKERS: usize = 8;
 
 /// How a spec of the set came out.
 #[derive(Clone, Debug, PartialEq, Eq)]
