@@ -97,7 +97,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let node_port_devices = devices.clone();
     let (health_checks_tx, wanted) = watch::channel(Vec::new());
     let (complaints_tx, complaints) = watch::channel(BTreeSet::new());
-    let (gone_tx, gone) = mpsc::unbounded_channel();
+    let (backends_tx, backends) = mpsc::unbounded_channel();
     let wiring = Wiring {
         events,
         devices,
@@ -107,13 +107,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         flows: flows.clone(),
         health_checks: health_checks_tx,
         complaints: complaints_tx,
-        gone: gone_tx,
+        backends: backends_tx,
         health: health.clone(),
         metrics: metrics.clone(),
     };
     let sweep = datapath.sweep()?;
     let connections = Arc::new(datapath.connections()?);
-    tokio::spawn(sockets::run(gone, datapath.socket_tables()?));
+    tokio::spawn(sockets::run(backends, datapath.socket_tables()?));
     let engine = Engine::start(settings, datapath, leases, wiring)?;
     tokio::spawn(sweep::run(sweep, engine.clone(), flows.clone()));
 

@@ -35,7 +35,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::events::Complaint;
 use crate::http::{Health, Metrics};
-use crate::sockets::Gone;
+use crate::sockets::News;
 use crate::source::{Event, Kind, Node, Object, Status};
 use crate::sweep::Flows;
 
@@ -234,8 +234,8 @@ pub struct Wiring {
     pub health_checks: watch::Sender<Vec<HealthCheck>>,
     /// Receives what is wrong with Services.
     pub complaints: watch::Sender<BTreeSet<Complaint>>,
-    /// Receives the backends that take nothing new.
-    pub gone: mpsc::UnboundedSender<Gone>,
+    /// Receives the backends that take nothing new, or again.
+    pub backends: mpsc::UnboundedSender<News>,
     /// For `/healthz`.
     pub health: Health,
     /// For `/metrics`.
@@ -259,14 +259,14 @@ impl Engine {
             flows,
             health_checks,
             complaints,
-            gone,
+            backends,
             health,
             metrics,
         } = wiring;
         let policies = policies::Policies::open(&settings, &datapath.tables)?;
         let endpoints = endpoints::Endpoints::restore(leases, &datapath.tables)?;
         let engine = Self {
-            services: services::Services::new(&settings.node_name, gone),
+            services: services::Services::new(&settings.node_name, backends),
             policies,
             endpoints,
             settings,

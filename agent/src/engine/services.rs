@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use keelway_layout::{MEMBER_BIT, maps};
 use keelway_maps::{Table as _, TableError, Tables};
@@ -14,7 +14,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::{EngineError, convert};
 use crate::events::{Complaint, Note};
-use crate::sockets::Gone;
+use crate::sockets::{Gone, LINGER, News};
 
 /// Services that do not fit are named up to this number.
 const PROBLEMS: usize = 8;
@@ -87,16 +87,18 @@ pub struct Services {
     triggered: Vec<Triggered>,
     /// Changes of before are nobody's delay.
     started: SystemTime,
-    /// Receives the backends that take nothing new.
-    gone: UnboundedSender<Gone>,
+    /// Receives the backends that take nothing new, or again.
+    news: UnboundedSender<News>,
+    /// Backends that went a moment ago, with their protocol, and when.
+    left: BTreeMap<(SocketAddr, u8), Instant>,
 }
 
 /// When an endpoint changed, and of which family it is where it has any address.
 pub type Triggered = (SystemTime, Option<bool>);
 
 impl Services {
-    /// Of the node with this name; nothing is known of it yet. `gone` is told of backends that get no new connections.
-    pub fn new(node_name: &str, gone: UnboundedSender<Gone>) -> Self {
+    /// Of the node with this name; nothing is known of it yet. `news` is of backends that get no new connections.
+    pub fn new(node_name: &str, news: UnboundedSender<News>) -> Self {
         let node = proxy::NodeInfo { name: node_name.into(), ..proxy::NodeInfo::default() };
         Self {
             model: proxy::Model::new(node.clone()),
@@ -105,7 +107,8 @@ impl Services {
             left_out: BTreeMap::new(),
             triggered: Vec::new(),
             started: SystemTime::now(),
-            gone,
+            news,
+            left: BTreeMap::new(),
         }
     }
 
@@ -224,14 +227,42 @@ impl Services {
         Ok(std::mem::take(&mut self.triggered))
     }
 
-    fn execute(&self, tables: &mut impl ServiceTables, ops: &[proxy::Op]) -> Result<(), TableError> {
-        let gone = gone(tables, ops)?;
+    fn execute(&mut self, tables: &mut impl ServiceTables, ops: &[proxy::Op]) -> Result<(), TableError> {
+        let news = self.news(tables, ops)?;
         execute(tables, ops)?;
-        for one in gone {
+        for one in news {
             // Nobody receives when the agent is stopping.
-            let _ = self.gone.send(one);
+            let _ = self.news.send(one);
         }
         Ok(())
+    }
+
+    /// The backends that `ops` will take out of every slot, and those of late that they put back.
+    fn news(&mut self, tables: &impl ServiceTables, ops: &[proxy::Op]) -> Result<Vec<News>, TableError> {
+        use proxy::Op;
+        let place = |backend: &proxy::Backend| (SocketAddr::new(backend.addr, backend.port), backend.proto);
+        let now = Instant::now();
+        self.left.retain(|_, since| now.duration_since(*since) < LINGER * 2);
+        let mut news = Vec::new();
+        for op in ops {
+            let (backend, draining) = match op {
+                Op::PutBackend { backend, draining: true, .. } => (Some(*backend), true),
+                Op::DeleteBackend { id } => (tables.backend(*id)?, false),
+                Op::PutBackend { backend, .. } if !self.left.is_empty() => {
+                    let (backend, proto) = place(backend);
+                    if self.left.remove(&(backend, proto)).is_some() {
+                        news.push(News::Back(backend, proto));
+                    }
+                    continue;
+                }
+                _ => continue,
+            };
+            if let Some((backend, proto)) = backend.as_ref().map(place) {
+                self.left.insert((backend, proto), now);
+                news.push(News::Gone(Gone { backend, proto, draining }));
+            }
+        }
+        Ok(news)
     }
 
     /// The writes for what changed, and for what did not fit before and does now.
@@ -325,27 +356,6 @@ impl ServiceTables for Tables {
         }
         Ok(())
     }
-}
-
-/// The backends that `ops` will take out of every slot.
-fn gone(tables: &impl ServiceTables, ops: &[proxy::Op]) -> Result<Vec<Gone>, TableError> {
-    use proxy::Op;
-    let of = |backend: &proxy::Backend, draining| Gone {
-        backend: SocketAddr::new(backend.addr, backend.port),
-        proto: backend.proto,
-        draining,
-    };
-    let mut found = Vec::new();
-    for op in ops {
-        match op {
-            Op::PutBackend { backend, draining: true, .. } => found.push(of(backend, true)),
-            Op::DeleteBackend { id } => {
-                found.extend(tables.backend(*id)?.map(|backend| of(&backend, false)));
-            }
-            _ => {}
-        }
-    }
-    Ok(found)
 }
 
 fn execute(tables: &mut impl ServiceTables, ops: &[proxy::Op]) -> Result<(), TableError> {

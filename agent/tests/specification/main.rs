@@ -12,6 +12,7 @@
 mod kernel;
 mod objects;
 mod packet;
+mod ports;
 mod scenario;
 mod writes;
 

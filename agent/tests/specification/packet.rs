@@ -9,6 +9,7 @@ const ICMP4: u8 = 1;
 const ICMP6: u8 = 58;
 const ETH: usize = 14;
 
+pub const FIN: u8 = 1;
 pub const SYN: u8 = 2;
 pub const ACK: u8 = 16;
 

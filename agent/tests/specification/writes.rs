@@ -41,7 +41,8 @@ impl<W: FnMut(&Datapath)> ServiceTables for Counted<'_, W> {
     }
 }
 
-fn put(services: &mut Services, object: Value) {
+/// Hands an object to the model as the API would.
+pub fn put(services: &mut Services, object: Value) {
     if object["kind"] == "EndpointSlice" {
         let slice = convert::endpoint_slice(&serde_json::from_value(object).unwrap()).unwrap().unwrap();
         services.slice_changed(slice.0, None);

@@ -4,11 +4,11 @@ use aya_ebpf::bindings::TC_ACT_OK;
 use keelway_layout::{Addr, Endpoint, NodeConfig, Port, PrefixKey, Reason, identity, node_flags, scope};
 
 use crate::count::{Account, count};
-use crate::ct::{self, Way};
+use crate::ct::{self, Flow, Way};
 use crate::kernel::{Skb, lpm_get, now};
 use crate::lb::{self, Asked, Client, Outcome};
 use crate::maps::{ENDPOINTS, NODE, TUNNELS};
-use crate::parse::{self, Kind, Packet, UDP};
+use crate::parse::{self, ACK, Kind, Packet, SYN, TCP, UDP};
 use crate::policy::{admit_known, admit_new, identity_of};
 use crate::rewrite::{self, Side};
 use crate::{deliver, refuse, service};
@@ -43,7 +43,10 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
             return service::onward(skb, packet, node);
         }
     } else {
-        if let Some(flow) = ct::find_for(&packet.tuple, scope::OUT, Way::Forward, sender, now) {
+        let known = ct::find_for(&packet.tuple, scope::OUT, Way::Forward, sender, now);
+        if let Some(flow) = known
+            && !supersedes(packet, flow, now)?
+        {
             admit_known(flow, scope::OUT, Way::Forward, sender, packet, now, account)?;
         } else if let Some(flow) = ct::find_for(&packet.tuple, scope::IN, Way::Reverse, sender, now) {
             admit_known(flow, scope::IN, Way::Reverse, sender, packet, now, account)?;
@@ -56,6 +59,22 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
         }
     }
     forward(skb, packet, node, now, account)
+}
+
+/// Whether a packet to a backend's own address begins a flow in place of one that a Service led there from the same port. Its answers
+/// are to come from whom it dials; with two connections under way they could not be told apart.
+#[inline(always)]
+fn supersedes(packet: &Packet, flow: Flow, now: u64) -> Result<bool, Reason> {
+    if flow.dialled().is_none() {
+        return Ok(false);
+    }
+    match packet.tuple.proto {
+        UDP => Ok(true),
+        TCP if packet.tcp_flags & (SYN | ACK) != SYN => Ok(false),
+        proto if flow.is_over(proto, now) => Ok(true),
+        TCP => Err(Reason::NatExhausted),
+        _ => Ok(false),
+    }
 }
 
 /// The first packet of a flow, or one of a flow to a Service; a verdict when it ends here.

@@ -121,7 +121,6 @@ fn ask(lab: &Lab, from: From, udp: bool) -> Result<Asked> {
 }
 
 #[test]
-#[ignore = "fails: a TCP connection under way is given to another backend when its own leaves the slices while its pod lives"]
 fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
     if let Some(reason) =
         sh::missing(&["ip", "busybox"], &["keelway-agent", "keelway-cni", "keelway-lab", "keelway-probe"])

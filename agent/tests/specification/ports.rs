@@ -1,0 +1,86 @@
+//! One client port, used for a Service and then for its backend itself, and the other way round: each flow's answers come from whom
+//! that flow dialled.
+
+use std::net::SocketAddr;
+
+use keelway_layout::{Hook, Reason};
+use serde_json::json;
+
+use crate::kernel::{Kernel, ip, pod};
+use crate::packet::{self, ACK, FIN, SYN, TCP, UDP};
+use crate::writes::put;
+
+const CLIENT: u8 = 2;
+const SERVER: u8 = 3;
+
+/// A Service of both protocols with one backend on this node.
+fn kernel(v6: bool) -> Option<(Kernel, [SocketAddr; 3])> {
+    let mut kernel = Kernel::new()?;
+    kernel.set_routed(false);
+    let vip = if v6 { "fd00:10:96::1" } else { "10.96.0.1" };
+    let ports =
+        |port| json!([{"name": "t", "protocol": "TCP", "port": port}, {"name": "u", "protocol": "UDP", "port": port}]);
+    let family = if v6 { "IPv6" } else { "IPv4" };
+    put(
+        &mut kernel.services,
+        json!({"kind": "Service", "metadata": {"namespace": "ns", "name": "s"},
+        "spec": {"clusterIPs": [vip], "ipFamilies": [family], "ports": ports(80)}}),
+    );
+    put(
+        &mut kernel.services,
+        json!({"kind": "EndpointSlice", "addressType": family, "ports": ports(8080),
+        "metadata": {"namespace": "ns", "name": "s-1", "labels": {"kubernetes.io/service-name": "s"}},
+        "endpoints": [{"addresses": [pod(1, SERVER, v6)]}]}),
+    );
+    kernel.apply();
+    let client = SocketAddr::new(pod(1, CLIENT, v6), 40_000);
+    Some((kernel, [client, SocketAddr::new(ip(vip), 80), SocketAddr::new(pod(1, SERVER, v6), 8080)]))
+}
+
+/// Where a pod's packet goes from and to once its hook has had it; else why it was dropped.
+fn sent(
+    kernel: &mut Kernel,
+    from: SocketAddr,
+    to: SocketAddr,
+    proto: u8,
+    flags: u8,
+) -> Result<(SocketAddr, SocketAddr), Vec<Reason>> {
+    let did = kernel.run(Hook::PodIngress, &packet::flow(from, to, proto, flags));
+    if did.run.verdict == 2 {
+        return Err(did.counted);
+    }
+    let seen = packet::read(&did.run.packet).expect("a sound packet");
+    Ok((seen.src, seen.dst))
+}
+
+#[test]
+fn a_connection_from_a_port_that_a_service_had_is_answered_by_whom_it_dialled() {
+    for v6 in [false, true] {
+        let Some((mut kernel, [client, vip, server])) = kernel(v6) else { return };
+        let kernel = &mut kernel;
+        assert_eq!(sent(kernel, client, vip, TCP, SYN), Ok((client, server)));
+        assert_eq!(sent(kernel, server, client, TCP, SYN | ACK), Ok((vip, client)));
+        // While it lasts a second one could not be told from it; what it sends itself goes on.
+        assert_eq!(sent(kernel, client, server, TCP, SYN), Err(vec![Reason::NatExhausted]));
+        assert_eq!(sent(kernel, client, vip, TCP, FIN | ACK), Ok((client, server)));
+        assert_eq!(sent(kernel, server, client, TCP, FIN | ACK), Ok((vip, client)));
+        // The port is free again.
+        assert_eq!(sent(kernel, client, server, TCP, SYN), Ok((client, server)));
+        assert_eq!(sent(kernel, server, client, TCP, SYN | ACK), Ok((server, client)));
+        assert_eq!(sent(kernel, client, server, TCP, FIN | ACK), Ok((client, server)));
+        assert_eq!(sent(kernel, server, client, TCP, FIN | ACK), Ok((server, client)));
+        assert_eq!(sent(kernel, client, vip, TCP, SYN), Ok((client, server)));
+        assert_eq!(sent(kernel, server, client, TCP, SYN | ACK), Ok((vip, client)));
+    }
+}
+
+#[test]
+fn a_datagram_is_answered_by_whom_the_last_one_from_its_port_dialled() {
+    for v6 in [false, true] {
+        let Some((mut kernel, [client, vip, server])) = kernel(v6) else { return };
+        for dialled in [vip, server, vip, server, server, vip] {
+            assert_eq!(sent(&mut kernel, client, dialled, UDP, 0), Ok((client, server)), "to {dialled}");
+            assert_eq!(sent(&mut kernel, server, client, UDP, 0), Ok((dialled, client)), "to {dialled}");
+        }
+    }
+}
