@@ -20,6 +20,7 @@ mod nodes;
 mod policies;
 mod services;
 mod status;
+mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -4,15 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Instant, SystemTime};
 
-use keelway_layout::{MEMBER_BIT, maps};
-use keelway_maps::{Table as _, TableError, Tables};
+use keelway_layout::maps;
+use keelway_maps::TableError;
 use keelway_proxy as proxy;
 use keelway_proxy::TableFull;
 use keelway_proxy::model::{EndpointSlice, ObjectName};
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{EngineError, convert};
+use super::EngineError;
 use crate::events::{Complaint, Note};
 use crate::sockets::{Gone, LINGER, News};
 
@@ -62,6 +62,14 @@ pub trait ServiceTables {
     /// # Errors
     /// What the kernel says.
     fn write(&mut self, op: &proxy::Op) -> Result<(), TableError>;
+
+    /// Executes writes in an order that a packet cannot tell from theirs, up to the first that fails.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn write_all(&mut self, ops: &[proxy::Op]) -> Result<(), TableError> {
+        ops.iter().try_for_each(|op| self.write(op))
+    }
 
     /// Everything that they hold.
     ///
@@ -229,7 +237,7 @@ impl Services {
 
     fn execute(&mut self, tables: &mut impl ServiceTables, ops: &[proxy::Op]) -> Result<(), TableError> {
         let news = self.news(tables, ops)?;
-        execute(tables, ops)?;
+        tables.write_all(ops)?;
         for one in news {
             // Nobody receives when the agent is stopping.
             let _ = self.news.send(one);
@@ -296,70 +304,6 @@ impl Services {
 
 fn kernel(error: TableError) -> EngineError {
     EngineError::Kernel(error.to_string())
-}
-
-impl ServiceTables for Tables {
-    fn dump(&self) -> Result<proxy::Dump, TableError> {
-        let mut dump = proxy::Dump::default();
-        let frontends = self.frontends.dump()?;
-        dump.frontends =
-            frontends.iter().map(|(k, v)| (convert::from_frontend_key(k), convert::from_frontend(v))).collect();
-        for (key, value) in self.slots.dump()? {
-            if key.frontend & MEMBER_BIT == 0 {
-                dump.slots.push((proxy::SlotKey { frontend: key.frontend, slot: key.slot }, value));
-            } else {
-                dump.members.push(((key.frontend & !MEMBER_BIT, key.slot), value));
-            }
-        }
-        for (id, value) in self.backends.dump()? {
-            let (backend, draining) = convert::from_backend(&value);
-            dump.backends.push((id, backend, draining));
-        }
-        for (key, _) in self.source_ranges.dump()? {
-            match convert::from_source_range_key(&key) {
-                Some(range) => dump.source_ranges.push(range),
-                None => tracing::warn!(?key, "a source range of no network"),
-            }
-        }
-        Ok(dump)
-    }
-
-    fn backend(&self, id: u32) -> Result<Option<proxy::Backend>, TableError> {
-        Ok(self.backends.get(&id)?.map(|value| convert::from_backend(&value).0))
-    }
-
-    fn write(&mut self, op: &proxy::Op) -> Result<(), TableError> {
-        use proxy::Op;
-        match op {
-            Op::PutBackend { id, backend, draining } => {
-                self.backends.put(id, &convert::backend(backend, *draining))?;
-            }
-            Op::PutSlot { key, backend } => self.slots.put(&convert::slot_key(key), backend)?,
-            Op::PutMember { frontend, backend, slot } => {
-                self.slots.put(&convert::member_key(*frontend, *backend), slot)?;
-            }
-            Op::PutSourceRange { frontend, net } => {
-                self.source_ranges.put(&convert::source_range_key(*frontend, *net), &1)?;
-            }
-            Op::PutFrontend { key, frontend } => {
-                self.frontends.put(&convert::frontend_key(key), &convert::frontend(frontend))?;
-            }
-            Op::DeleteFrontend { key } => self.frontends.delete(&convert::frontend_key(key))?,
-            Op::DeleteSourceRange { frontend, net } => {
-                self.source_ranges.delete(&convert::source_range_key(*frontend, *net))?;
-            }
-            Op::DeleteMember { frontend, backend } => {
-                self.slots.delete(&convert::member_key(*frontend, *backend))?;
-            }
-            Op::DeleteSlot { key } => self.slots.delete(&convert::slot_key(key))?,
-            Op::DeleteBackend { id } => self.backends.delete(id)?,
-        }
-        Ok(())
-    }
-}
-
-fn execute(tables: &mut impl ServiceTables, ops: &[proxy::Op]) -> Result<(), TableError> {
-    ops.iter().try_for_each(|op| tables.write(op))
 }
 
 #[cfg(test)]

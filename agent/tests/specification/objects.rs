@@ -20,7 +20,8 @@ impl Random {
         let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         x ^ (x >> 31)
     }
-    fn below(&mut self, limit: usize) -> usize {
+    /// A number below that.
+    pub fn below(&mut self, limit: usize) -> usize {
         (self.next() % limit as u64) as usize
     }
     fn percent(&mut self, chance: usize) -> bool {

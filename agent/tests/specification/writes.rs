@@ -147,3 +147,38 @@ fn a_refused_write_and_the_resync_after_it_show_no_packet_anything_else() {
     println!("{refused} refused writes, {looks} looks");
     assert!(refused >= 9 && looks > 100, "{refused} refused, {looks} looks");
 }
+
+/// The same objects, written entry by entry into one kernel's tables and in batches into another's; then changed, and once more.
+#[test]
+fn batches_leave_what_single_writes_leave() {
+    let (Some(mut single), Some(mut batched)) = (Kernel::new(), Kernel::new()) else { return };
+    let mut random = crate::objects::Random::new(7);
+    for _ in 0..40 {
+        // As many Services as make a batch of each round, beside those that random changes pile up.
+        let number = random.below(300);
+        let mut objects: Vec<Value> =
+            crate::objects::scenario(&mut random).steps.into_iter().flat_map(|step| step.put).collect();
+        for number in number..number + 40 {
+            objects.push(service(number));
+            objects.push(slice(number, random.below(9)));
+        }
+        for object in objects {
+            put(&mut single.services, object.clone());
+            put(&mut batched.services, object);
+        }
+        let datapath = &mut single.datapath;
+        let mut counted = Counted { datapath, writes: Vec::new(), fail_after: None, watch: |_: &Datapath| {} };
+        single.services.apply(&mut counted).unwrap();
+        batched.services.apply(&mut batched.datapath.tables).unwrap();
+        let [single, batched] = [&single, &batched].map(|kernel| {
+            let mut dump = kernel.datapath.tables.dump().unwrap();
+            dump.frontends.sort_unstable_by_key(|(key, _)| *key);
+            dump.slots.sort_unstable();
+            dump.backends.sort_unstable();
+            dump.members.sort_unstable();
+            dump.source_ranges.sort_unstable();
+            dump
+        });
+        assert!(batched == single, "{batched:?}\n{single:?}");
+    }
+}

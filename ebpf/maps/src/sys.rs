@@ -127,6 +127,7 @@ fn link_info(fd: BorrowedFd<'_>) -> io::Result<Link> {
 
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 
 #[repr(C)]
 struct TestRunAttr {
@@ -227,4 +228,26 @@ pub fn lookup_batch(
         _ => return Err(error),
     };
     Ok(attr.count as usize)
+}
+
+/// Writes entries into a hash map, in their order and up to the first that fails: `keys` and `values` hold the same number of them.
+pub fn update_batch(
+    map: BorrowedFd<'_>,
+    (keys, key_size): (&[u8], usize),
+    (values, value_size): (&[u8], usize),
+) -> io::Result<()> {
+    let entries = (keys.len() / key_size).min(values.len() / value_size);
+    let mut attr = BatchAttr {
+        from: 0,
+        to: 0,
+        keys: keys.as_ptr().addr() as u64,
+        values: values.as_ptr().addr() as u64,
+        count: u32::try_from(entries).map_err(io::Error::other)?,
+        map: map.as_raw_fd().cast_unsigned(),
+        element_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: both buffers live through the call and hold `count` keys and values, which the kernel only reads; it writes `attr`.
+    let code = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_UPDATE_BATCH, &raw mut attr, size_of::<BatchAttr>()) };
+    if code < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -27,6 +27,13 @@ pub trait Table<K, V>: Send {
     /// # Errors
     /// [`TableError::Full`], [`TableError::Busy`] or what else the kernel says.
     fn put(&mut self, key: &K, value: &V) -> Result<(), TableError>;
+    /// Inserts or replaces, one after another in this order, up to the first that fails.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    fn put_all(&mut self, entries: &[(K, V)]) -> Result<(), TableError> {
+        entries.iter().try_for_each(|(key, value)| self.put(key, value))
+    }
     /// Removes; an absent entry is a success.
     ///
     /// # Errors
@@ -184,6 +191,19 @@ impl<K: Plain + Send, V: Plain + Send> Table<K, V> for KernelTable<K, V> {
         done.map_err(|error| self.error(&error))
     }
 
+    fn put_all(&mut self, entries: &[(K, V)]) -> Result<(), TableError> {
+        let Kind::Hash(_, fd) = &self.kind else {
+            return entries.iter().try_for_each(|(key, value)| self.put(key, value));
+        };
+        for entries in entries.chunks(BATCH) {
+            let keys: Vec<u8> = entries.iter().flat_map(|(key, _)| key.as_bytes()).copied().collect();
+            let values: Vec<u8> = entries.iter().flat_map(|(_, value)| value.as_bytes()).copied().collect();
+            sys::update_batch(fd.as_fd(), (&keys, size_of::<K>()), (&values, size_of::<V>()))
+                .map_err(|error| TableError::from_io(self.name, self.capacity, &error))?;
+        }
+        Ok(())
+    }
+
     fn delete(&mut self, key: &K) -> Result<(), TableError> {
         let done = match &mut self.kind {
             Kind::Hash(map, _) => map.remove(&Raw(*key)),
@@ -221,7 +241,7 @@ impl<K: Plain + Send, V: Plain + Send> Table<K, V> for KernelTable<K, V> {
     }
 }
 
-/// Entries read in one call when they are counted.
+/// Entries read or written in one call.
 const BATCH: usize = 4096;
 
 /// How many entries a hash map holds.

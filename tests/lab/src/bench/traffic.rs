@@ -62,10 +62,10 @@ impl Place {
         Ok(command)
     }
 
-    /// Answers there on port 8080, as a pod does.
+    /// Answers there on port 8080, as a pod does, one connection at a time: a thread for each would cost more than the network.
     pub(super) fn serve(&self) -> Result<Server> {
         let probe = sh::own("keelway-probe")?.display().to_string();
-        let server = Server(self.command(&[&probe, "serve", "--name", "peer"])?.spawn()?);
+        let server = Server(self.command(&[&probe, "serve", "--name", "peer", "--one-by-one"])?.spawn()?);
         self.keep_on(SERVER)?;
         Ok(server)
     }

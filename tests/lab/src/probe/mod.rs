@@ -30,6 +30,9 @@ pub enum Probe {
         /// What to call itself; the host name if not given.
         #[arg(long)]
         name: Option<String>,
+        /// Serve one connection after another, without a thread for each.
+        #[arg(long)]
+        one_by_one: bool,
     },
     /// Ask once over each of many new connections.
     Ask(Ask),
@@ -210,7 +213,7 @@ fn failure(error: &std::io::Error) -> String {
 pub fn run(probe: &Probe) -> Result<()> {
     match probe {
         Probe::Pause => pause::pause(),
-        Probe::Serve { port, name } => serve::serve(*port, name.as_deref()),
+        Probe::Serve { port, name, one_by_one } => serve::serve(*port, name.as_deref(), *one_by_one),
         Probe::Ask(wanted) => print(&ask::ask(wanted)),
         Probe::Flow(wanted) => print(&flow::flow(wanted)?),
         Probe::Watch(wanted) => print(&watch::watch(wanted)?),
@@ -237,7 +240,7 @@ mod tests {
     #[test]
     fn counts_answers_refusals_and_a_whole_flow() {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        std::thread::spawn(move || serve::serve(port, Some("me")));
+        std::thread::spawn(move || serve::serve(port, Some("me"), false));
         let target: SocketAddr = format!("127.0.0.1:{port}").parse().unwrap();
         let ask = |udp, unconnected| {
             ask::ask(&Ask { target, udp, sctp: false, unconnected, count: 5, rate: 0, timeout: 1000, log: false })

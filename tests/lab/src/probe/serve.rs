@@ -9,7 +9,7 @@ use nix::sys::signal::{SigSet, Signal};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Serves until SIGTERM. (As a pod's first process it would ignore that signal without saying so.)
-pub(super) fn serve(port: u16, name: Option<&str>) -> Result<()> {
+pub(super) fn serve(port: u16, name: Option<&str>, one_by_one: bool) -> Result<()> {
     let stop: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
     stop.thread_block()?;
     let name = name
@@ -21,9 +21,9 @@ pub(super) fn serve(port: u16, name: Option<&str>) -> Result<()> {
     thread::spawn(move || serve_udp(&udp, &for_udp));
     if let Some(sctp) = listen_sctp(all)? {
         let name = name.clone();
-        thread::spawn(move || serve_streams(&sctp, &name));
+        thread::spawn(move || serve_streams(&sctp, &name, one_by_one));
     }
-    thread::spawn(move || serve_streams(&tcp, &name));
+    thread::spawn(move || serve_streams(&tcp, &name, one_by_one));
     stop.wait()?;
     Ok(())
 }
@@ -39,8 +39,12 @@ fn listen_sctp(all: SocketAddr) -> Result<Option<TcpListener>> {
     Ok(Some(socket.into()))
 }
 
-fn serve_streams(listener: &TcpListener, name: &str) {
+fn serve_streams(listener: &TcpListener, name: &str, one_by_one: bool) {
     for stream in listener.incoming().flatten() {
+        if one_by_one {
+            answer(&stream, name);
+            continue;
+        }
         let name = name.to_owned();
         thread::spawn(move || answer(&stream, &name));
     }

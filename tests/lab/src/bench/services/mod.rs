@@ -138,6 +138,18 @@ fn traffic_beside(mode: Mode, sizes: &[usize], patience: Duration, report: &mut 
         let rates: Vec<[f64; 2]> = taken.iter().map(|pair| pair.map(|micros| 1e6 / micros)).collect();
         report.pairs(&what, "1/s", &rates, mode.peer());
         report.goal(&what, Goal::RatioAtLeast(1.3));
+        // What either way costs beside no Service at all: the bound of any data plane between these pods.
+        for (side, vip, named) in [(Side::Ours, &vips[0], "ours"), (Side::Peer, &vips[1], mode.peer())] {
+            let client = site.place(side, "client")?;
+            let server = SocketAddr::new(site.server(side)?, 8080).to_string();
+            let taken = client.turns_at_home("whole", vip, (&client, &server))?;
+            let rates: Vec<[f64; 2]> = taken.iter().map(|pair| pair.map(|micros| 1e6 / micros)).collect();
+            let what = format!(
+                "{named}: new connections to a Service beside its pod's own address, {services} Services ({})",
+                mode.name()
+            );
+            report.pairs(&what, "1/s", &rates, "without a Service");
+        }
         let what = format!("question and answer, {services} Services ({})", mode.name());
         report.pairs(&what, "us", &ours.turns_at_home("answer", &vips[0], (&peer, &vips[1]))?, mode.peer());
         // Ours with so many beside ours with the fewest.

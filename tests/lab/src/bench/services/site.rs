@@ -1,4 +1,5 @@
 //! Two nodes with the same objects: ours with an agent, the peer's with kube-proxy and pods on routed veth pairs.
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ pub(super) enum Side {
 
 /// The lab of the bench.
 pub(super) struct Site {
-    servers: Vec<Server>,
+    servers: Vec<(Side, IpAddr, Server)>,
     agent: Option<Process>,
     kube_proxy: Option<Process>,
     pub(super) api: MemoryApi,
@@ -154,13 +155,19 @@ impl Site {
         }
         for (side, address) in [(Side::Ours, server.as_str()), (Side::Peer, "10.244.2.3")] {
             self.api.put(objects::target(side, &self.node(side).name, address))?;
-            self.servers.push(self.place(side, "server")?.serve()?);
+            self.servers.push((side, address.parse()?, self.place(side, "server")?.serve()?));
         }
         Ok(())
     }
 
     pub(super) fn place(&self, side: Side, pod: &str) -> Result<Place> {
         Place::within(self.node(side), pod)
+    }
+
+    /// The address of a side's server.
+    pub(super) fn server(&self, side: Side) -> Result<IpAddr> {
+        let found = self.servers.iter().find(|(of, ..)| *of == side);
+        found.map(|(_, address, _)| *address).context("no pods yet")
     }
 
     /// Waits until both sides answer at a Service that is newer than every other.
