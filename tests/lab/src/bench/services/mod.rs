@@ -35,9 +35,18 @@ pub struct Options {
     /// The same beside iptables mode.
     #[arg(long, default_value_t = 1000)]
     sync_iptables: usize,
+    /// Measure the sync and the changes of ours alone: no kube-proxy, and no ratios.
+    #[arg(long)]
+    alone: bool,
     /// Seconds that kube-proxy may take for a sync before it is given up.
     #[arg(long, default_value_t = 400)]
     patience: u64,
+}
+
+impl Options {
+    const fn patience(&self) -> Duration {
+        Duration::from_secs(self.patience)
+    }
 }
 
 /// A UDP sender for [`flood`].
@@ -103,14 +112,14 @@ pub fn run(options: &Options) -> Result<bool> {
     for (mode, sizes) in sizes {
         if sizes.iter().any(|size| *size > 0) {
             super::part(&mut report, &format!("traffic beside {}", mode.peer()), |report| {
-                traffic_beside(mode, sizes, Duration::from_secs(options.patience), report)
+                traffic_beside(mode, sizes, options.patience(), report)
             });
         }
     }
     for (mode, services) in [(Mode::Nftables, options.sync_nftables), (Mode::Iptables, options.sync_iptables)] {
         if services > 0 {
             super::part(&mut report, &format!("sync beside {}", mode.peer()), |report| {
-                sync::measure(mode, services, Duration::from_secs(options.patience), report)
+                sync::measure(mode, services, options.patience(), options.alone, report)
             });
         }
     }

@@ -89,6 +89,11 @@ impl Site {
         Ok(())
     }
 
+    /// What the agent has said.
+    pub(super) fn agent_output(&self) -> String {
+        self.agent.as_ref().map(Process::output).unwrap_or_default()
+    }
+
     /// Starts the agent and waits until it is in sync.
     pub(super) fn start_agent(&mut self) -> Result<()> {
         self.spawn_agent()?;
