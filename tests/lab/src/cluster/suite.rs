@@ -166,7 +166,8 @@ fn specs(report: &Path) -> Result<Vec<Spec>> {
 
 fn name(spec: &Value) -> String {
     let parts = spec["ContainerHierarchyTexts"].as_array().into_iter().flatten().map(text_of);
-    parts.chain([text_of(&spec["LeafNodeText"])]).collect::<Vec<_>>().join(" ")
+    // As Ginkgo itself does it for --ginkgo.focus: a container without a text is none.
+    parts.chain([text_of(&spec["LeafNodeText"])]).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 fn text_of(value: &Value) -> String {
@@ -195,7 +196,7 @@ mod tests {
 
     #[test]
     fn reads_names_of_a_report() {
-        let spec = serde_json::json!({"ContainerHierarchyTexts": ["[sig-network] Services"], "LeafNodeText": "should work [Conformance]"});
+        let spec = serde_json::json!({"ContainerHierarchyTexts": ["[sig-network] Services", ""], "LeafNodeText": "should work [Conformance]"});
         assert_eq!(name(&spec), "[sig-network] Services should work [Conformance]");
     }
 }
