@@ -188,7 +188,15 @@ pub enum Error {
         /// The end of what it said.
         output: String,
     },
-    /// A file of ours cannot be understood.
+    /// A command of LVM did not succeed.
+    #[error("{command} failed: {output}")]
+    Lvm {
+        /// The command.
+        command: &'static str,
+        /// How it ended, and the end of what it said.
+        output: String,
+    },
+    /// A file of ours, or what a program reports, cannot be understood.
     #[error("{path}: {why}")]
     Corrupt {
         /// The file.
@@ -229,7 +237,7 @@ impl Error {
             Self::NoSpace { .. } | Self::WrongTopology { .. } | Self::SourceElsewhere { .. } => Code::ResourceExhausted,
             Self::Damaged { .. } => Code::DataLoss,
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Code::ResourceExhausted,
-            Self::Mkfs { .. } | Self::Corrupt { .. } | Self::Io { .. } => Code::Internal,
+            Self::Mkfs { .. } | Self::Lvm { .. } | Self::Corrupt { .. } | Self::Io { .. } => Code::Internal,
         }
     }
 }

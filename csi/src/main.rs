@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use keelway_csi::LOCAL_DRIVER;
+use keelway_csi::backend::LvmPlace;
 use keelway_csi::csi::controller_server::ControllerServer;
 use keelway_csi::csi::group_controller_server::GroupControllerServer;
 use keelway_csi::csi::identity_server::IdentityServer;
@@ -57,6 +58,21 @@ struct Flags {
     /// Whole devices for the raw backend, by a path that stays, as in /dev/disk/by-id
     #[arg(long, value_delimiter = ',')]
     raw_devices: Vec<PathBuf>,
+    /// The volume group of the lvm and lvm-thin backends
+    #[arg(long, value_name = "NAME")]
+    lvm_volume_group: Option<String>,
+    /// The thin pool of the lvm-thin backend, in that group
+    #[arg(long, value_name = "NAME")]
+    lvm_thin_pool: Option<String>,
+    /// The devices of that group, where LVM is to look at no others; else it looks at all but loop devices
+    #[arg(long, value_delimiter = ',', value_name = "PATH")]
+    lvm_devices: Vec<PathBuf>,
+    /// How much of a thin pool may be promised, in percent of what it has
+    #[arg(long, default_value_t = 100, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    lvm_overcommit: u32,
+    /// How full a thin pool's data or metadata may be before nothing new is made in it
+    #[arg(long, default_value_t = 90, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
+    lvm_watermark: u32,
     /// How many mkfs and copies may run at a time
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     format_slots: u32,
@@ -132,6 +148,13 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         kubelet_dir: flags.kubelet_dir.clone(),
         backends: flags.backends,
         devices: flags.raw_devices,
+        lvm: LvmPlace {
+            group: flags.lvm_volume_group,
+            pool: flags.lvm_thin_pool,
+            devices: flags.lvm_devices,
+            overcommit: flags.lvm_overcommit,
+            watermark: flags.lvm_watermark,
+        },
     };
     let (volumes, open) = Volumes::open(&places)?;
     let report = volumes.recover(open)?;

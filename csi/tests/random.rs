@@ -52,6 +52,8 @@ struct World {
     made: usize,
     written: u64,
     kills: usize,
+    /// A kill comes within this many microseconds of a call: somewhere within what one takes.
+    patience: usize,
 }
 
 /// A macro, since each call has types of its own: tries it, with a kill now and then, until it succeeds.
@@ -62,8 +64,7 @@ macro_rules! insist {
         loop {
             let mut client = $world.driver.$client().await;
             let outcome: Result<_, Status> = if $world.numbers.below(8) == 0 {
-                // Somewhere within what such a call takes.
-                let within = Duration::from_micros($world.numbers.below(40_000) as u64);
+                let within = Duration::from_micros($world.numbers.below($world.patience) as u64);
                 let task = tokio::spawn({
                     let request = request.clone();
                     async move { client.$call(request).await }
@@ -216,7 +217,9 @@ async fn live(name: &str, driver: Driver, class: &'static [(&'static str, &'stat
     eprintln!("{name}: {operations} operations, seed {seed}");
     let (volumes, snapshots) = (Vec::new(), Vec::new());
     let numbers = Numbers(seed);
-    let mut world = World { class, base: 16 * MIB, driver, numbers, volumes, snapshots, made: 0, written: 0, kills: 0 };
+    let (made, written, kills, patience) = (0, 0, 0, number("KEELWAY_RANDOM_PATIENCE_US").unwrap_or(40_000) as usize);
+    let mut world =
+        World { class, base: 16 * MIB, driver, numbers, volumes, snapshots, made, written, kills, patience };
     world.driver.start();
     let start = Instant::now();
     for _ in 0..operations {
@@ -249,4 +252,13 @@ async fn images_that_share_blocks() {
 async fn subvolumes() {
     let driver = Driver::on("btrfs", 2048).with(&["--backends=btrfs"]);
     live("subvolumes", driver, &[("backend", "btrfs")]).await;
+}
+
+#[tokio::test]
+#[ignore = "needs root and device-mapper"]
+async fn logical_volumes() {
+    if common::no_device_mapper() {
+        return;
+    }
+    live("thin volumes", Driver::new().lvm(2048, "lvm-thin"), &[("backend", "lvm-thin")]).await;
 }

@@ -114,3 +114,36 @@ fn raw_block() {
     let driver = Driver::new().disks(16, 64).with(&["--max-volumes=16"]);
     run("raw, block", driver, "block", 64, "backend: raw\n", 50);
 }
+
+/// Thick and thin ones, as filesystems and as block devices.
+fn lvm(name: &str, access: &str, backend: &str, specs: usize) {
+    if common::no_device_mapper() {
+        return;
+    }
+    let driver = Driver::new().lvm(2048, backend).with(&["--max-volumes=16"]);
+    run(name, driver, access, 64, &format!("backend: {backend}\n"), specs);
+}
+
+#[test]
+#[ignore = "needs root, device-mapper and csi-sanity"]
+fn lvm_mount() {
+    lvm("lvm, ext4", "mount", "lvm", 50);
+}
+
+#[test]
+#[ignore = "needs root, device-mapper and csi-sanity"]
+fn lvm_block() {
+    lvm("lvm, block", "block", "lvm", 50);
+}
+
+#[test]
+#[ignore = "needs root, device-mapper and csi-sanity"]
+fn lvm_thin_mount() {
+    lvm("lvm-thin, ext4", "mount", "lvm-thin", 80);
+}
+
+#[test]
+#[ignore = "needs root, device-mapper and csi-sanity"]
+fn lvm_thin_block() {
+    lvm("lvm-thin, block", "block", "lvm-thin", 80);
+}

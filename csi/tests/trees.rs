@@ -156,3 +156,88 @@ async fn directories_are_had_by_who_asks_for_their_weakness() {
     assert!(outside.join("precious").exists());
     driver.assert_clean();
 }
+
+/// How many MiB a process without privileges can write, of so many that it tries to.
+fn written_by_a_pod(directory: &str, mebibytes: u64) -> u64 {
+    use std::os::unix::process::CommandExt;
+    // As fsGroup or an init container does it.
+    std::os::unix::fs::chown(directory, Some(65534), Some(65534)).unwrap();
+    let file = format!("{directory}/filling");
+    let mut dd = std::process::Command::new("dd");
+    dd.args(["if=/dev/zero", &format!("of={file}"), "bs=1048576", &format!("count={mebibytes}"), "conv=fsync"]);
+    let output = dd.uid(65534).gid(65534).output().unwrap();
+    let length = fs::metadata(&file).unwrap().len() >> 20;
+    assert_eq!(output.status.success(), length == mebibytes, "{}", String::from_utf8_lossy(&output.stderr));
+    length
+}
+
+async fn held_by_its_quota(mut driver: Driver) {
+    const QUOTA: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "quota")];
+    driver = driver.with(&["--backends=directory"]);
+    driver.start();
+    let (first, second) =
+        (made(&driver, "first", 16 * MIB, QUOTA, None).await, made(&driver, "second", 64 * MIB, QUOTA, None).await);
+    for (calls, size) in [(&first, 16), (&second, 64)] {
+        bring(&driver, calls).await;
+        let stat = rustix::fs::statvfs(calls.target.as_str()).unwrap();
+        assert_eq!(stat.f_blocks * stat.f_frsize, size << 20, "df shows the volume's size");
+    }
+    driver.kill();
+    driver.start();
+    // Neither past its own size, nor into the other's.
+    let written = written_by_a_pod(&first.target, 32);
+    assert!((14..=16).contains(&written), "{written} MiB of 16");
+    assert_eq!(written_by_a_pod(&second.target, 32), 32);
+    let usage = used(&driver, &first).await;
+    assert!(usage.total == 16 * MIB && usage.used >= 14 * MIB, "{usage:?}");
+    let range = csi::CapacityRange { required_bytes: 32 * MIB, limit_bytes: 0 };
+    let expand = csi::ControllerExpandVolumeRequest {
+        volume_id: first.id.clone(),
+        capacity_range: Some(range),
+        ..Default::default()
+    };
+    driver.controller().await.controller_expand_volume(expand).await.unwrap();
+    let written = written_by_a_pod(&first.target, 64);
+    assert!((30..=32).contains(&written), "{written} MiB of 32");
+    // What is made below the volume is in its project, and its limit goes with it.
+    let root = fs::File::open(&first.target).unwrap();
+    let project = keelway_csi::sys::quota::project(&root).unwrap();
+    assert!(project > 0 && keelway_csi::sys::quota::usage(&root, project).unwrap().1 == 32 << 20);
+    drop(root);
+    end(&driver, &first).await;
+    end(&driver, &second).await;
+    let pool = fs::File::open(driver.path("pool")).unwrap();
+    assert_eq!(keelway_csi::sys::quota::usage(&pool, project).unwrap(), (0, 0));
+    drop(pool);
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and project quota"]
+async fn quota_of_xfs_holds_a_directory() {
+    match Driver::on_mounted("xfs", 512, &[], "loop,prjquota") {
+        Some(driver) => held_by_its_quota(driver).await,
+        None => eprintln!("skipped: this kernel has no quota on XFS; cargo xtask kernels runs it on one that has"),
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root and project quota"]
+async fn quota_of_ext4_holds_a_directory() {
+    let make = ["-O", "quota,project", "-E", "quotatype=prjquota"];
+    match Driver::on_mounted("ext4", 512, &make, "loop,prjquota") {
+        Some(driver) => held_by_its_quota(driver).await,
+        None => eprintln!("skipped: this kernel has no quota on ext4; cargo xtask kernels runs it on one that has"),
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root and XFS"]
+async fn a_quota_that_nobody_enforces_is_not_promised() {
+    let mut driver = Driver::on("xfs", 512).with(&["--backends=directory"]);
+    driver.start();
+    let class = [("backend", "directory"), ("capacity", "quota")];
+    let refused = driver.controller().await.create_volume(create("a", 16 * MIB, &mount(""), &class)).await.unwrap_err();
+    assert!(refused.code() == Code::InvalidArgument && refused.message().contains("prjquota"), "{refused}");
+    driver.assert_clean();
+}

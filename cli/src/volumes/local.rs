@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use keelway_csi::LOCAL_DRIVER;
-use keelway_csi::model::{Content, Record, Snapshot, SnapshotId, State, VolumeId};
+use keelway_csi::model::{BackendKind, Content, Record, Snapshot, SnapshotId, State, VolumeId};
 use keelway_csi::sys::loopdev::LoopDevice;
 use keelway_csi::sys::mountinfo::{self, Mount};
 
@@ -133,7 +133,7 @@ fn look(places: &Places) -> Result<Listing> {
                     .to_owned(),
             });
         }
-        if file.is_none() && record.parameters.backend.as_str() != "raw" {
+        if file.is_none() && in_pool(record.parameters.backend) {
             orphans.push(Orphan {
                 what: format!("the record of volume {}", record.id),
                 why: "its storage is not in the pool: somebody removed it, and its data are lost".to_owned(),
@@ -151,6 +151,14 @@ fn look(places: &Places) -> Result<Listing> {
     }
     orphans.sort();
     Ok(Listing { volumes, orphans })
+}
+
+/// Whether a volume's storage is in the pool.
+fn in_pool(backend: BackendKind) -> bool {
+    match backend {
+        BackendKind::Image | BackendKind::Btrfs | BackendKind::Directory => true,
+        BackendKind::Raw | BackendKind::Lvm | BackendKind::LvmThin => false,
+    }
 }
 
 /// What is in the pool, but for its mark.

@@ -1,11 +1,13 @@
-//! Volumes as directories of the pool. Nothing keeps one from growing beyond its size, so that a class has to say that it
-//! knows. (A project quota would, but whoever owns a file may take it out of its project; so it is not pretended.)
+//! Volumes as directories of the pool. What keeps one from growing beyond its size is at most a project quota, and whoever
+//! owns a file may take it out of its project, where he is not in a user namespace. So that is not pretended: a class has to
+//! say that a quota is enough (`capacity: quota`), or that nothing is needed (`capacity: unenforced`).
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, mkdirat};
+use sha2::{Digest, Sha256};
 
 use super::pool::{MARGIN, Pool, nonce_of, set_nonce};
 use super::tree::{Tree, lock, open_to_all};
@@ -13,20 +15,26 @@ use super::{Attached, Backend, Features, GoOn, Locked, Made, New, Origin, damage
 use crate::error::{Context, Error, Result};
 use crate::model::{BackendKind, Nonce, Parameters, Record, VolumeId};
 use crate::state::Store;
+use crate::sys::quota;
 
 /// The directory backend.
 #[derive(Clone, Debug)]
-pub struct Directories(Arc<Pool>);
+pub struct Directories {
+    pool: Arc<Pool>,
+    /// Whether the pool's filesystem holds projects to their limits.
+    quota: bool,
+}
 
 impl Directories {
     /// Directories in this pool.
     pub fn new(pool: Arc<Pool>) -> Self {
-        Self(pool)
+        let quota = quota::enforced(pool.directory());
+        Self { pool, quota }
     }
 
     fn tree(&self, record: &Record) -> Result<Tree> {
         let (id, name) = (&record.id, name(&record.id));
-        let directory = self.0.open_directory(&name)?;
+        let directory = self.pool.open_directory(&name)?;
         let directory = directory.ok_or_else(|| damaged(id, "directory", &name, "no such directory in the pool"))?;
         let inode = inode_of(&directory, &name)?;
         if inode != record.inode {
@@ -39,12 +47,55 @@ impl Directories {
         Ok(Tree { directory, name, record: record.clone(), measure: |_, _| None })
     }
 
+    /// The project of a volume's directory, when it has to have one.
+    fn project(&self, record: &Record, directory: &File) -> Result<Option<u32>> {
+        if !record.parameters.quota {
+            return Ok(None);
+        }
+        match quota::project(directory).context(|| format!("ask for the project of {}", record.id))? {
+            0 => Err(damaged(&record.id, "project", "one", "none")),
+            _ if !self.quota => Err(Error::State {
+                what: format!("the pool of volume {}", record.id),
+                expected: "mounted with prjquota, which its class counts on".into(),
+                found: "without".into(),
+            }),
+            project => Ok(Some(project)),
+        }
+    }
+
+    /// A number that no project has.
+    fn new_project(&self, id: &VolumeId) -> Result<u32> {
+        let digest = Sha256::digest(id.as_str());
+        let first = u32::from_be_bytes(digest[..4].try_into().expect("a digest has 32 bytes"));
+        // 0 is everybody's, and the last is none.
+        for project in (0..64).map(|n| first.wrapping_add(n) & 0x7FFF_FFFF).filter(|&project| project != 0) {
+            if self.used(project)? == (0, 0) {
+                return Ok(project);
+            }
+        }
+        Err(Error::io("find a free project number", std::io::Error::other("64 in a row are taken")))
+    }
+
+    fn used(&self, project: u32) -> Result<(u64, u64)> {
+        quota::usage(self.pool.directory(), project).context(|| format!("ask what project {project} takes"))
+    }
+
+    fn limit(&self, project: u32, bytes: u64) -> Result<()> {
+        quota::limit(self.pool.directory(), project, bytes).context(|| format!("limit project {project}"))
+    }
+
     /// Removes a directory with all that is in it, itself last.
     fn remove(&self, name: &str) -> Result<()> {
-        let path = format!("/proc/self/fd/{}/{name}", self.0.directory().as_raw_fd());
+        if let Some(directory) = self.pool.open_directory(name)?
+            && self.quota
+            && let project @ 1.. = quota::project(&directory).context(|| format!("ask for the project of {name}"))?
+        {
+            self.limit(project, 0)?;
+        }
+        let path = format!("/proc/self/fd/{}/{name}", self.pool.directory().as_raw_fd());
         // Works by descriptors, so that no link that a pod made leads it elsewhere.
         std::fs::remove_dir_all(path).context(|| format!("remove {name}"))?;
-        self.0.sync()
+        self.pool.sync()
     }
 }
 
@@ -71,48 +122,66 @@ impl Backend for Directories {
     }
 
     fn free(&self) -> Result<u64> {
-        Ok(self.0.free()?.saturating_sub(MARGIN))
+        Ok(self.pool.free()?.saturating_sub(MARGIN))
     }
 
     fn outstanding(&self, record: &Record) -> Result<u64> {
+        let size = record.growing.unwrap_or(record.size);
+        if record.parameters.quota
+            && let Some(directory) = self.pool.open_directory(&name(&record.id))?
+            && let Some(project) = self.project(record, &directory)?
+        {
+            return Ok(size.saturating_sub(self.used(project)?.0));
+        }
         // How much it holds, only a walk through it would tell: counted in full, beside what it has taken.
-        Ok(record.growing.unwrap_or(record.size))
+        Ok(size)
     }
 
     fn admit(&self, parameters: &Parameters) -> Result<()> {
-        if parameters.unenforced {
-            return Ok(());
+        let refused = |value: &str, expected: &str| {
+            Err(Error::Invalid { field: "parameters.capacity", value: value.into(), expected: expected.into() })
+        };
+        match (parameters.unenforced, parameters.quota) {
+            (true, _) => Ok(()),
+            (_, true) if self.quota => Ok(()),
+            (_, true) => {
+                refused("quota", "to be had here: the pool's filesystem is not one of XFS or ext4 with prjquota")
+            }
+            _ => refused(
+                "enforced",
+                "quota, which holds who does not evade it, or unenforced: a class of directories has to say that it knows",
+            ),
         }
-        Err(Error::Invalid {
-            field: "parameters.capacity",
-            value: "enforced".into(),
-            expected: "unenforced: nothing keeps a directory from growing beyond its size, and its class has to say that it knows".into(),
-        })
     }
 
     fn create(&self, new: New<'_>, _: Option<Origin<'_>>, _: GoOn<'_>) -> Result<Made> {
         let (name, beside) = (name(new.id), new_name(new.id));
-        mkdirat(self.0.directory(), &beside, Mode::from_raw_mode(0o755)).context(|| format!("create {name}"))?;
+        mkdirat(self.pool.directory(), &beside, Mode::from_raw_mode(0o755)).context(|| format!("create {name}"))?;
         let made: File = self
-            .0
+            .pool
             .open_directory(&beside)?
             .ok_or_else(|| Error::io(format!("open {beside}"), rustix::io::Errno::NOENT))?;
         open_to_all(&made, &name)?;
+        if new.parameters.quota {
+            let project = self.new_project(new.id)?;
+            quota::assign(&made, project).context(|| format!("make {name} a project"))?;
+            self.limit(project, new.size)?;
+        }
         set_nonce(&made, new.nonce, &name)?;
         made.sync_all().context(|| format!("sync {name}"))?;
         let inode = inode_of(&made, &name)?;
-        self.0.rename(&beside, &name)?;
+        self.pool.rename(&beside, &name)?;
         Ok(Made { inode, size: new.size })
     }
 
     fn erase(&self, id: &VolumeId, nonce: &Nonce) -> Result<bool> {
         let (name, beside) = (name(id), new_name(id));
         // Only we make such a name, and only for this intent.
-        if self.0.open_directory(&beside)?.is_some() {
+        if self.pool.open_directory(&beside)?.is_some() {
             self.remove(&beside)?;
             return Ok(true);
         }
-        let Some(directory) = self.0.open_directory(&name)? else { return Ok(false) };
+        let Some(directory) = self.pool.open_directory(&name)? else { return Ok(false) };
         if nonce_of(&directory, &name)?.as_ref() != Some(nonce) {
             return Err(damaged(id, "nonce", "the record's", "another one, or none"));
         }
@@ -127,11 +196,15 @@ impl Backend for Directories {
     fn lock(&self, record: &Record) -> Result<Box<dyn Locked>> {
         let tree = self.tree(record)?;
         lock(&tree.directory, &record.id)?;
+        if let Some(project) = self.project(record, &tree.directory)? {
+            // Said again before anybody can write: it may not have been on the disk when the power went.
+            self.limit(project, record.growing.unwrap_or(record.size))?;
+        }
         Ok(Box::new(tree))
     }
 
     fn attached(&self, record: &Record) -> Result<Option<Box<dyn Attached>>> {
-        if self.0.open_directory(&name(&record.id))?.is_none() {
+        if self.pool.open_directory(&name(&record.id))?.is_none() {
             return Ok(None);
         }
         Ok(Some(Box::new(self.tree(record)?)))
@@ -141,9 +214,10 @@ impl Backend for Directories {
         Ok(())
     }
 
-    fn resize(&self, record: &Record, _: u64) -> Result<()> {
-        // Its size is a number that nothing holds it to.
-        self.check(record)
+    fn resize(&self, record: &Record, to: u64) -> Result<()> {
+        let tree = self.tree(record)?;
+        // Without a project its size is a number that nothing holds it to.
+        self.project(record, &tree.directory)?.map_or(Ok(()), |project| self.limit(project, to))
     }
 
     fn name(&self, id: &VolumeId) -> Option<String> {

@@ -26,7 +26,7 @@ use crate::sys::loopdev::{Binding, LoopDevice, wait_gone};
 use crate::sys::mount::{self, Detached};
 use crate::sys::mountinfo::{self, Mount};
 use crate::sys::target::Found;
-use crate::sys::{copy, mkfs};
+use crate::sys::{block, copy, mkfs};
 
 /// The image backend.
 #[derive(Clone, Debug)]
@@ -402,9 +402,7 @@ impl Attached for AttachedImage {
     }
 
     fn errors(&self) -> u64 {
-        // ext4 keeps count, over mounts, too.
-        let path = format!("/sys/fs/ext4{}/errors_count", self.device.root());
-        std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+        block::ext4_errors(self.device.root().as_ref())
     }
 
     fn node(&self) -> Result<Detached> {

@@ -1,8 +1,10 @@
 //! Where volumes' bytes live. One trait, one file a backend.
 
 mod btrfs;
+mod device;
 mod directory;
 mod image;
+mod lvm;
 mod pool;
 mod raw;
 mod tree;
@@ -10,6 +12,7 @@ mod tree;
 pub use btrfs::Subvolumes;
 pub use directory::Directories;
 pub use image::Images;
+pub use lvm::{LogicalVolumes, LvmPlace};
 pub use pool::Pool;
 pub use raw::Devices;
 
@@ -238,6 +241,11 @@ pub trait Backend: Send + Sync {
         Ok(0)
     }
 
+    /// Sizes are multiples of this many bytes.
+    fn granule(&self) -> u64 {
+        1
+    }
+
     /// Whether a volume with these parameters can be had at all.
     ///
     /// # Errors
@@ -296,12 +304,17 @@ pub trait Backend: Send + Sync {
         false
     }
 
+    /// Whether a mounted filesystem is held still by what takes its snapshot.
+    fn holds_still(&self) -> bool {
+        false
+    }
+
     /// Takes a snapshot, durably, and returns its storage's inode number.
     ///
     /// # Errors
     /// [`Error::Unsupported`], [`Error::Io`]; then nothing is left behind, or `erase_snapshot` finds it.
     fn snapshot(&self, _: &Record, _: &SnapshotId, _: &Nonce, _: GoOn<'_>) -> Result<u64> {
-        Err(unsupported(self.kind(), "snapshot", "image and btrfs can"))
+        Err(unsupported(self.kind(), "snapshot", "image, btrfs and lvm-thin can"))
     }
 
     /// Removes a snapshot's storage, as [`Backend::erase`] a volume's.
@@ -334,6 +347,14 @@ pub trait Backend: Send + Sync {
     /// The name in the pool of a snapshot's storage.
     fn snapshot_name(&self, _: &SnapshotId) -> Option<String> {
         None
+    }
+
+    /// Names of what is outside of the pool and marked as ours.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn names(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
     }
 }
 

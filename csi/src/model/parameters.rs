@@ -23,7 +23,7 @@ pub enum Allocation {
 
 /// Where a volume's bytes live.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum BackendKind {
     /// A file in the pool directory, attached as a loop device.
     #[default]
@@ -34,11 +34,20 @@ pub enum BackendKind {
     Directory,
     /// A whole device that the driver was given.
     Raw,
+    /// A logical volume, which has all of its room.
+    Lvm,
+    /// A logical volume of a thin pool.
+    LvmThin,
 }
 
 impl BackendKind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Image, Self::Btrfs, Self::Directory, Self::Raw];
+    pub const ALL: [Self; 6] = [Self::Image, Self::Btrfs, Self::Directory, Self::Raw, Self::Lvm, Self::LvmThin];
+
+    /// Whether a volume is a block device of its own.
+    pub fn has_device(self) -> bool {
+        matches!(self, Self::Image | Self::Raw | Self::Lvm | Self::LvmThin)
+    }
 
     /// The name in a StorageClass.
     pub fn as_str(self) -> &'static str {
@@ -47,6 +56,8 @@ impl BackendKind {
             Self::Btrfs => "btrfs",
             Self::Directory => "directory",
             Self::Raw => "raw",
+            Self::Lvm => "lvm",
+            Self::LvmThin => "lvm-thin",
         }
     }
 }
@@ -85,7 +96,7 @@ impl fmt::Display for Shape {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Parameters {
-    /// `backend`: `image` (the default), `btrfs`, `directory`, `raw`.
+    /// `backend`: the name of a [`BackendKind`]; `image` is the default.
     #[serde(default)]
     pub backend: BackendKind,
     /// `allocation`: `full` (the default) or `sparse`; of images.
@@ -96,6 +107,9 @@ pub struct Parameters {
     /// `capacity: unenforced`: a directory may grow beyond its size.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unenforced: bool,
+    /// `capacity: quota`: a directory is held to its size by a project quota, which holds who does not evade it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub quota: bool,
 }
 
 /// Keys that a person writes.
@@ -139,9 +153,10 @@ impl Parameters {
                     _ => return Err(invalid("parameters.bytesPerInode", value, "a number from 1024 to 4194304")),
                 },
                 "capacity" => match value.as_str() {
-                    "enforced" => parameters.unenforced = false,
+                    "enforced" => {}
+                    "quota" => parameters.quota = true,
                     "unenforced" => parameters.unenforced = true,
-                    _ => return Err(invalid("parameters.capacity", value, "enforced or unenforced")),
+                    _ => return Err(invalid("parameters.capacity", value, "enforced, quota or unenforced")),
                 },
                 key if METADATA.contains(&key) => {}
                 key => return Err(Error::UnknownParameter { key: printable(key), known: KEYS.join(", ") }),
@@ -156,7 +171,7 @@ impl Parameters {
             return Err(invalid("parameters.bytesPerInode", value, "for an ext4 volume; this one is not"));
         }
         if let Some(value) = given("capacity")
-            && parameters.unenforced
+            && (parameters.unenforced || parameters.quota)
             && parameters.backend != BackendKind::Directory
         {
             return Err(invalid("parameters.capacity", value, "enforced; only a directory's can be otherwise"));
@@ -166,10 +181,8 @@ impl Parameters {
 
     fn content(&self, shape: Shape) -> Result<Content> {
         match (self.backend, shape) {
-            (BackendKind::Image | BackendKind::Raw, Shape::Block) => Ok(Content::Raw),
-            (BackendKind::Image | BackendKind::Raw, Shape::Mount(fs)) => {
-                Ok(Content::Filesystem(fs.unwrap_or(FsType::Ext4)))
-            }
+            (kind, Shape::Block) if kind.has_device() => Ok(Content::Raw),
+            (kind, Shape::Mount(fs)) if kind.has_device() => Ok(Content::Filesystem(fs.unwrap_or(FsType::Ext4))),
             (BackendKind::Btrfs, Shape::Mount(None | Some(FsType::Btrfs)))
             | (BackendKind::Directory, Shape::Mount(None)) => Ok(Content::Tree),
             (backend, shape) => Err(Error::Invalid {
@@ -238,6 +251,8 @@ mod tests {
         let want = Parameters { allocation: Allocation::Sparse, bytes_per_inode: Some(8192), ..Parameters::default() };
         assert_eq!(parse(&all, ANY).unwrap(), (want, EXT4));
         assert_eq!(parse(&[("backend", "btrfs")], ANY).unwrap().1, Content::Tree);
+        assert_eq!(parse(&[("backend", "lvm")], ANY).unwrap().1, EXT4);
+        assert_eq!(parse(&[("backend", "lvm-thin")], Shape::Block).unwrap().1, Content::Raw);
         assert!(parse(&[("backend", "directory"), ("capacity", "unenforced")], ANY).unwrap().0.unenforced);
     }
 
@@ -246,12 +261,14 @@ mod tests {
         for (pairs, word) in [
             (&[("replicas", "3")][..], "\"replicas\""),
             (&[("allocation", "thin")], "parameters.allocation"),
-            (&[("backend", "zfs")], "image, btrfs, directory, raw"),
+            (&[("backend", "zfs")], "image, btrfs, directory, raw, lvm, lvm-thin"),
             (&[("bytesPerInode", "1023")], "1024"),
             (&[("bytesPerInode", "-1")], "1024"),
             (&[("backend", "directory"), ("bytesPerInode", "8192")], "ext4"),
             (&[("backend", "btrfs"), ("allocation", "sparse")], "image backend"),
             (&[("capacity", "unenforced")], "only a directory"),
+            (&[("capacity", "quota"), ("backend", "lvm")], "only a directory"),
+            (&[("capacity", "some")], "enforced, quota or unenforced"),
             (&[("Allocation", "full")], "\"Allocation\""),
         ] {
             let error = parse(pairs, ANY).unwrap_err();

@@ -1,6 +1,7 @@
 //! Volumes made larger: first their storage, then their device, then what is on it.
 
 use super::Volumes;
+use super::provision::coarse;
 use crate::backend::Attached;
 use crate::error::{Context, Error, Result};
 use crate::model::{Record, VolumeId};
@@ -20,7 +21,7 @@ impl Volumes {
             usage.fits(record.content, &record.id)?;
         }
         let to = request.size(record.size, record.content)?;
-        let record = self.enlarge(record, to)?;
+        let record = self.enlarge(record, to, request.most)?;
         let node = match self.device(&record)? {
             Some(device) => device.size()?.is_some_and(|size| size < record.size),
             None => false,
@@ -28,7 +29,7 @@ impl Volumes {
         Ok((record.size, node || record.filled.is_some()))
     }
 
-    fn enlarge(&self, record: Record, to: u64) -> Result<Record> {
+    fn enlarge(&self, record: Record, to: u64, most: Option<u64>) -> Result<Record> {
         if to <= record.size {
             return Ok(record);
         }
@@ -36,6 +37,10 @@ impl Volumes {
         if !backend.features().expand {
             let why = "its volumes have the size that they were made with".into();
             return Err(Error::Unsupported { what: "expand", backend: backend.kind().as_str(), why });
+        }
+        let to = to.next_multiple_of(backend.granule());
+        if most.is_some_and(|most| to > most) {
+            return Err(coarse(backend, to));
         }
         backend.check(&record)?;
         let more = to - record.growing.unwrap_or(record.size).min(to);
@@ -88,7 +93,7 @@ impl Volumes {
         }
         let wanted = Expand { id: request.id.clone(), least: request.least, most: None, usage: None };
         let to = wanted.size(record.size, record.content)?;
-        let record = self.enlarge(record, to)?;
+        let record = self.enlarge(record, to, None)?;
         if device.size()?.is_some_and(|size| size < record.size) {
             device.take_size()?;
         }

@@ -92,7 +92,8 @@ impl Volumes {
         members: &[(&Record, &dyn Backend)],
         plans: &[(&SnapshotId, &Nonce)],
     ) -> Result<(u64, Vec<u64>)> {
-        let holds = members.iter().map(|(record, backend)| self.hold(record, *backend)).collect::<Result<Vec<_>>>()?;
+        let holds =
+            members.iter().map(|(record, backend)| self.hold(record, *backend, false)).collect::<Result<Vec<_>>>()?;
         let at = now();
         let go_on = || holds.iter().try_for_each(|hold| hold.go_on());
         let inodes = members

@@ -28,11 +28,11 @@ impl Hold {
 }
 
 impl Volumes {
-    /// Holds a volume still; the caller has its guard.
+    /// Holds a volume still; the caller has its guard. `alone`: what is taken need not be of the same moment as another's.
     ///
     /// # Errors
     /// [`Error::InUse`] when it is in use in a way that cannot be held still, [`Error::Io`].
-    pub(super) fn hold(&self, record: &Record, backend: &dyn Backend) -> Result<Hold> {
+    pub(super) fn hold(&self, record: &Record, backend: &dyn Backend, alone: bool) -> Result<Hold> {
         if record.state() == State::Formatting {
             return Err(Error::Busy { what: format!("volume {} (it is being formatted)", record.id) });
         }
@@ -50,6 +50,7 @@ impl Volumes {
                 }
                 Ok(Hold(None))
             }
+            Content::Filesystem(_) if alone && backend.holds_still() => Ok(Hold(None)),
             Content::Filesystem(_) => match self.open_root(device.as_ref())? {
                 Some(root) => Frozen::new(root).map(|frozen| Hold(Some(frozen))),
                 None => in_use("it is mounted where this driver cannot see it"),

@@ -25,7 +25,9 @@ use std::sync::Arc;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::backend::{Attached, Backend, Devices, Directories, Features, Images, Pool, Subvolumes};
+use crate::backend::{
+    Attached, Backend, Devices, Directories, Features, Images, LogicalVolumes, LvmPlace, Pool, Subvolumes,
+};
 use crate::error::{Context, Error, Result};
 use crate::model::{BackendKind, Nonce, Record, Snapshot, VolumeId};
 use crate::request::TargetPath;
@@ -46,6 +48,8 @@ pub struct Places {
     pub backends: Vec<BackendKind>,
     /// Whole devices for the raw backend.
     pub devices: Vec<PathBuf>,
+    /// What the lvm backends work on.
+    pub lvm: LvmPlace,
 }
 
 /// The volumes of one node, and everything that it takes to work on them. Its methods block.
@@ -211,6 +215,9 @@ fn open(kind: BackendKind, pool: &Arc<Pool>, places: &Places) -> Result<Box<dyn 
         BackendKind::Btrfs => Box::new(Subvolumes::new(pool.clone())?),
         BackendKind::Directory => Box::new(Directories::new(pool.clone())),
         BackendKind::Raw => Box::new(Devices::new(pool.clone(), places.devices.clone())),
+        BackendKind::Lvm | BackendKind::LvmThin => {
+            Box::new(LogicalVolumes::new(&places.lvm, &places.state_dir, kind == BackendKind::LvmThin)?)
+        }
     })
 }
 

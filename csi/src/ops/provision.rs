@@ -68,7 +68,10 @@ impl Volumes {
         }
         // Reserved before anybody is made to wait for it; a source is known in size already.
         let floor = self.source_size(&request)?;
-        let size = request.size(floor)?;
+        let size = request.size(floor)?.next_multiple_of(backend.granule());
+        if !request.accepts_size(size) {
+            return Err(coarse(backend, size));
+        }
         let _reserved = self.promises.reserve(backend.store(), size, || self.unclaimed(backend.store()))?;
         let (id, nonce) = (VolumeId::new(random()?), Nonce::new(random()?));
         let from = match &request.source {
@@ -157,7 +160,7 @@ impl Volumes {
                 let guard = self.enter(id)?;
                 let record = self.records.get(id)?;
                 fits(record.parameters.backend, record.content)?;
-                let hold = self.hold(&record, backend)?;
+                let hold = self.hold(&record, backend, true)?;
                 Ok(Held::Volume(Box::new(record), guard, hold))
             }
         }
@@ -230,6 +233,13 @@ impl Volumes {
         let all = self.promises.unpromised(backend.store(), || self.unclaimed(backend.store()))?;
         Ok((all, backend.largest()?.unwrap_or(all).min(all)))
     }
+}
+
+/// No size of the backend's lies within what is asked for.
+pub(super) fn coarse(backend: &dyn Backend, wanted: u64) -> Error {
+    let why =
+        format!("limit_bytes is less; sizes of {} are multiples of {}", backend.kind().as_str(), backend.granule());
+    Error::OutOfRange { wanted, why }
 }
 
 fn unsupported(backend: &dyn Backend, what: &'static str) -> Error {

@@ -76,7 +76,7 @@ impl Volumes {
             }
         }
         let strays = self.strays(&records, &snapshots)?;
-        report.left.extend(strays.into_iter().map(|name| format!("{name} in the pool belongs to no volume")));
+        report.left.extend(strays.into_iter().map(|name| format!("{name} belongs to no volume")));
         Ok(report)
     }
 
@@ -95,6 +95,9 @@ impl Volumes {
         }
         let stem = |name: &str| name.split_once('.').map_or(name, |(stem, _)| stem).to_owned();
         let mut names = self.pool.names()?;
+        for backend in self.backends.values() {
+            names.extend(backend.names()?);
+        }
         names.retain(|name| !known.contains(&Some(name.clone())) && !known.contains(&Some(stem(name))));
         Ok(names)
     }

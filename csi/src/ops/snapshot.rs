@@ -30,7 +30,7 @@ impl Volumes {
         let (id, nonce) = (SnapshotId::new(random()?), Nonce::new(random()?));
         let _reserved = self.promises.reserve(backend.store(), record.size, || self.unclaimed(backend.store()))?;
         let intent = self.journal.begin(intent(&id, &nonce, &record))?;
-        let taken = self.hold(&record, backend).and_then(|hold| {
+        let taken = self.hold(&record, backend, true).and_then(|hold| {
             let at = now();
             let inode = backend.snapshot(&record, &id, &nonce, &|| hold.go_on())?;
             hold.release()?;
@@ -49,7 +49,7 @@ impl Volumes {
     pub(super) fn snapshotting(&self, record: &Record) -> Result<&dyn Backend> {
         let backend = self.backend_of(record)?;
         if !backend.features().snapshots {
-            let why = "image and btrfs can".into();
+            let why = "image, btrfs and lvm-thin can".into();
             return Err(Error::Unsupported { what: "snapshot", backend: backend.kind().as_str(), why });
         }
         backend.check(record)?;

@@ -11,11 +11,15 @@ pub enum Store {
     Pool,
     /// The whole devices that the driver was given.
     Devices,
+    /// A volume group.
+    Group,
+    /// A thin pool of it.
+    ThinPool,
 }
 
 /// What is promised, of each store. A store that hangs holds up nobody but its own.
 #[derive(Debug, Default)]
-pub struct Promises([Mutex<u64>; 2]);
+pub struct Promises([Mutex<u64>; 4]);
 
 /// Bytes of a store that are promised to something under way, until this is dropped.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Dev;
 use crate::error::{Context, Result};
@@ -105,4 +105,11 @@ pub fn node(dev: Dev) -> Option<PathBuf> {
     let text = std::fs::read_to_string(format!("/sys/dev/block/{dev}/uevent")).ok()?;
     let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
     Some(PathBuf::from("/dev").join(name))
+}
+
+/// How many errors the ext4 on a device has met; it keeps count over mounts. `root` is the node's name below /dev, with a
+/// slash.
+pub fn ext4_errors(root: &Path) -> u64 {
+    let path = format!("/sys/fs/ext4{}/errors_count", root.display());
+    std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }

@@ -1,7 +1,7 @@
 //! Making filesystems, by the programs whose work it is: no shell, fixed arguments, an empty environment.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::error::{Context, Error, Result};
@@ -37,8 +37,7 @@ pub fn grow_ext4(image: &File, id: &VolumeId) -> Result<()> {
 
 /// Runs a program on `image`.
 fn helper(image: &File, name: &'static str, arguments: &[String], id: &VolumeId) -> Result<()> {
-    let found = DIRECTORIES.iter().map(|directory| Path::new(directory).join(name)).find(|path| path.exists());
-    let path = found.ok_or_else(|| Error::NotFound {
+    let path = find(name).ok_or_else(|| Error::NotFound {
         what: "program (of e2fsprogs, xfsprogs or btrfs-progs)",
         path: name.into(),
     })?;
@@ -53,11 +52,20 @@ fn helper(image: &File, name: &'static str, arguments: &[String], id: &VolumeId)
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let end: String =
-        said.trim().lines().rev().take(3).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("; ");
-    let code = output.status.code();
+    let (code, end) = (output.status.code(), end_of(&output.stderr));
     Err(Error::Mkfs { program: name, id: id.clone(), code, output: format!("{}: {end}", output.status) })
+}
+
+/// Where a program is.
+pub(super) fn find(name: &str) -> Option<PathBuf> {
+    DIRECTORIES.iter().map(|directory| Path::new(directory).join(name)).find(|path| path.exists())
+}
+
+/// The last lines of what a program said.
+pub(super) fn end_of(said: &[u8]) -> String {
+    let said = String::from_utf8_lossy(said);
+    let lines: Vec<_> = said.trim().lines().map(str::trim).collect();
+    lines[lines.len().saturating_sub(3)..].join("; ")
 }
 
 fn program(fs: FsType) -> &'static str {

@@ -7,9 +7,11 @@ pub mod freeze;
 pub mod group;
 pub mod grow;
 pub mod loopdev;
+pub mod lvm;
 pub mod mkfs;
 pub mod mount;
 pub mod mountinfo;
+pub mod quota;
 pub mod target;
 
 use std::fmt;

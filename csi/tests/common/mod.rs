@@ -24,6 +24,25 @@ pub struct Driver {
     child: Option<Child>,
     args: Vec<String>,
     disks: Vec<String>,
+    group: Option<(&'static str, String)>,
+}
+
+/// What LVM must not do in a test: wait for a udev that may not be there.
+const LVM: &str = "activation{udev_sync=0 udev_rules=0 monitoring=0} backup{archive=0 backup=0}";
+
+/// LVM, by its program.
+pub fn lvm(args: &[&str]) -> String {
+    let (command, rest) = args.split_first().unwrap();
+    run("lvm", &[&[*command, "--config", LVM], rest].concat())
+}
+
+/// Whether there is no device-mapper to make logical volumes with, which is said.
+pub fn no_device_mapper() -> bool {
+    let none = !Path::new("/sys/class/misc/device-mapper").exists();
+    if none {
+        eprintln!("skipped: this kernel has no device-mapper; cargo xtask kernels runs it on one that has");
+    }
+    none
 }
 
 /// Tests that need root say so loudly instead of passing.
@@ -38,18 +57,24 @@ impl Driver {
         for name in ["kubelet/staging", "kubelet/pods"] {
             std::fs::create_dir_all(dir.path().join(name)).unwrap();
         }
-        Self { dir, child: None, args: Vec::new(), disks: Vec::new() }
+        Self { dir, child: None, args: Vec::new(), disks: Vec::new(), group: None }
     }
 
     /// With a pool on a filesystem of its own, of this type and with this many MiB.
     pub fn on(fs: &str, mebibytes: u64) -> Self {
+        Self::on_mounted(fs, mebibytes, &[], "loop").unwrap_or_else(|| panic!("{fs} cannot be mounted"))
+    }
+
+    /// As [`Driver::on`], made and mounted with these options. `None` when the kernel does not mount it.
+    pub fn on_mounted(fs: &str, mebibytes: u64, make: &[&str], options: &str) -> Option<Self> {
         let driver = Self::new();
         let (image, pool) = (driver.path("pool.disk"), driver.path("pool"));
         std::fs::create_dir(&pool).unwrap();
         std::fs::File::create(&image).unwrap().set_len(mebibytes << 20).unwrap();
-        run(&format!("mkfs.{fs}"), &["-q", image.to_str().unwrap()]);
-        run("mount", &["-o", "loop", image.to_str().unwrap(), pool.to_str().unwrap()]);
-        driver
+        let (image, pool) = (image.to_str().unwrap(), pool.to_str().unwrap());
+        run(&format!("mkfs.{fs}"), &[&["-q"], make, &[image]].concat());
+        let mounted = Command::new("mount").args(["-t", fs, "-o", options, image, pool]).status();
+        mounted.unwrap().success().then_some(driver)
     }
 
     /// With disks of its own, for the raw backend.
@@ -65,6 +90,35 @@ impl Driver {
         self.args.retain(|arg| !arg.starts_with("--raw-devices=") && arg != "--backends=raw");
         self.args.extend(["--backends=raw".to_owned(), list]);
         self
+    }
+
+    /// With a volume group of its own and a thin pool in it, on the disk that KEELWAY_LVM_DISK names, or a loop device.
+    pub fn lvm(mut self, mebibytes: u64, backends: &str) -> Self {
+        let disk = std::env::var("KEELWAY_LVM_DISK").unwrap_or_else(|_| {
+            let file = self.path("group.disk");
+            std::fs::File::create(&file).unwrap().set_len(mebibytes << 20).unwrap();
+            run("losetup", &["--find", "--show", file.to_str().unwrap()]).trim().to_owned()
+        });
+        if disk.starts_with("/dev/loop") {
+            self.disks.push(disk.clone());
+            self.args.push(format!("--lvm-devices={disk}"));
+        }
+        // A dash, which device-mapper writes twice.
+        let name = "kw-test";
+        lvm(&["pvcreate", "-q", "-q", "-ff", "-y", &disk]);
+        lvm(&["vgcreate", "-q", "-q", name, &disk]);
+        self.group = Some((name, disk));
+        let size = format!("{}m", mebibytes / 2);
+        lvm(&["lvcreate", "-q", "-q", "-y", "--type", "thin-pool", "--size", &size, "--name", "pool", name]);
+        let backends = format!("--backends={backends}");
+        self.with(&[&backends, "--lvm-volume-group=kw-test", "--lvm-thin-pool=pool"])
+    }
+
+    /// Logical volumes of the group, but for the pool.
+    pub fn logical(&self) -> Vec<String> {
+        let Some((group, _)) = &self.group else { return Vec::new() };
+        let all = lvm(&["lvs", "--noheadings", "-o", "lv_name", group]);
+        all.split_whitespace().filter(|name| *name != "pool").map(str::to_owned).collect()
     }
 
     /// The name by which the driver knows a disk.
@@ -98,7 +152,9 @@ impl Driver {
     pub fn start(&mut self) -> u32 {
         assert!(self.child.is_none());
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_keelway-csi"))
+        // Elsewhere than it was built, as on another kernel.
+        let program = std::env::var_os("KEELWAY_CSI").unwrap_or_else(|| env!("CARGO_BIN_EXE_keelway-csi").into());
+        let child = Command::new(program)
             .args(["--mode", "all", "--driver", "local", "--node-name", "node1"])
             .arg("--endpoint")
             .arg(format!("unix://{}", self.socket().display()))
@@ -221,6 +277,10 @@ impl Driver {
     /// Nothing of any volume is left on this machine.
     pub fn assert_clean(&self) {
         assert_eq!(self.mounts(), Vec::<PathBuf>::new(), "mounts are left\n{}", self.log());
+        assert_eq!(self.logical(), Vec::<String>::new(), "logical volumes are left\n{}", self.log());
+        let mapped = keelway_csi::sys::lvm::mapped().unwrap().into_iter().map(|device| device.name);
+        let mapped: Vec<_> = mapped.filter(|name| name.starts_with("kw--test-kw")).collect();
+        assert_eq!(mapped, Vec::<String>::new(), "mapped devices are left\n{}", self.log());
         assert!(self.loops().is_empty(), "loop devices are left\n{}", self.log());
         assert_eq!(list(&self.path("pool")), [self.path("pool/.keelway-pool")], "images are left\n{}", self.log());
         assert_eq!(self.records(), Vec::<PathBuf>::new(), "records are left\n{}", self.log());
@@ -239,6 +299,10 @@ impl Drop for Driver {
         }
         for device in self.loops() {
             let _ = device.unbind(Duration::from_secs(2));
+        }
+        if let Some((group, disk)) = &self.group {
+            let _ = Command::new("lvm").args(["vgremove", "--config", LVM, "-q", "-ff", "-y", group]).output();
+            let _ = Command::new("lvm").args(["pvremove", "--config", LVM, "-q", "-ff", "-y", disk]).output();
         }
         for disk in &self.disks {
             let _ = Command::new("losetup").args(["--detach", disk]).output();
@@ -300,7 +364,7 @@ pub fn create(
 }
 
 /// One volume's requests, at fixed paths.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Calls {
     pub id: String,
     pub staging: String,

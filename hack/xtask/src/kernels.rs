@@ -1,7 +1,7 @@
 //! `cargo xtask kernels`: the data plane on kernels other than this machine's, under QEMU without KVM.
 //!
 //! `tests/kernels/image` makes what is booted, `tests/kernels/guest/plan` is what runs inside, and what the guest
-//! prints on its serial line is judged here.
+//! prints on its serial line is judged here. `storage` is a guest of its own, with disks, for volumes.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,26 +13,54 @@ use crate::{runner, tap};
 
 /// The kernels that the project claims: Debian's long-term ones.
 const SERIES: &[&str] = &["6.1", "6.12"];
+/// The guest for volumes, and its kernel.
+const STORAGE: (&str, &str) = ("storage", "6.12");
+/// Its disk, for a volume group; a sparse file.
+const DISK_BYTES: u64 = 4 << 30;
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const IMAGE_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// An emulated CPU is some twenty times slower than a real one, and CI's machines are busy.
 const BOOT_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// The program that asks the guest's verifier about every BPF program.
 const LOAD: &str = "keelway-kernel-load";
+/// Tests of the CSI driver that run in the guest for volumes.
+const STORAGE_TESTS: &[&str] = &["lvm", "random", "sanity", "snapshots", "trees"];
+/// What the driver and its tests run there.
+const STORAGE_PROGRAMS: &[&str] = &[
+    "/usr/sbin/lvm",
+    "/usr/sbin/dmsetup",
+    "/usr/sbin/thin_check",
+    "/usr/sbin/mkfs.ext4",
+    "/usr/sbin/e2fsck",
+    "/usr/sbin/resize2fs",
+    "/usr/sbin/mkfs.xfs",
+    "/usr/sbin/mkfs.btrfs",
+];
 const CNITOOL: &str = "github.com/containernetworking/cni/cnitool";
 
 /// Boots the named kernels, or all of them; `Ok(false)` when a check failed in one.
 pub fn run(names: &[String]) -> anyhow::Result<bool> {
     for name in names {
-        ensure!(SERIES.contains(&name.as_str()), "no kernel {name:?}; there are: {}", SERIES.join(", "));
+        let known = SERIES.contains(&name.as_str()) || name == STORAGE.0;
+        ensure!(known, "no kernel {name:?}; there are: {}, {}", SERIES.join(", "), STORAGE.0);
     }
     let work = target_directory().join("kernels");
     std::fs::create_dir_all(&work).with_context(|| work.display().to_string())?;
-    let programs = build(&work)?;
-    let chosen = SERIES.iter().filter(|series| names.is_empty() || names.iter().any(|name| name == *series));
+    let wanted = |name: &str| names.is_empty() || names.iter().any(|wanted| wanted == name);
+    let chosen: Vec<_> = SERIES.iter().filter(|series| wanted(series)).collect();
     let mut rows = Vec::new();
-    for series in chosen {
-        rows.push(boot(series, &work.join(series), &programs)?);
+    if !chosen.is_empty() {
+        let programs = build(&work)?;
+        for series in chosen {
+            rows.push(boot(&Guest { series, plan: None, programs: &programs }, &work.join(series))?);
+        }
+    }
+    if wanted(STORAGE.0) {
+        let programs = build_storage(&work)?;
+        rows.push(boot(
+            &Guest { series: STORAGE.1, plan: Some(STORAGE.0), programs: &programs },
+            &work.join(STORAGE.0),
+        )?);
     }
     let report = Report { name: "kernels".to_owned(), command: "make kernels".to_owned(), rows };
     report.write()?;
@@ -78,6 +106,42 @@ fn build(work: &Path) -> anyhow::Result<Vec<String>> {
     Ok(programs)
 }
 
+/// Builds the driver and its tests, and names what they run; the arguments for `tests/kernels/image`.
+fn build_storage(work: &Path) -> anyhow::Result<Vec<String>> {
+    println!("==> building the driver and its tests for the guest");
+    let build = ["cargo", "build", "--locked", "--package=keelway-csi"];
+    step("csi", &build, work, BUILD_LIMIT)?;
+    let mut tests = vec!["cargo", "test", "--locked", "--package=keelway-csi", "--no-run"];
+    let flags: Vec<_> = STORAGE_TESTS.iter().map(|name| format!("--test={name}")).collect();
+    tests.extend(flags.iter().map(String::as_str));
+    let printed = step("csi-tests", &tests, work, BUILD_LIMIT)?;
+    let mut built = vec![("keelway-csi".to_owned(), target_directory().join("debug/keelway-csi"))];
+    for name in STORAGE_TESTS {
+        // `Executable tests/lvm.rs (/target/debug/deps/lvm-0123456789abcdef)`
+        let line = printed.lines().find(|line| line.contains(&format!("tests/{name}.rs ")));
+        let path = line.and_then(|line| line.split_once('(')).and_then(|(_, rest)| rest.strip_suffix(')'));
+        built.push((
+            format!("test-{name}"),
+            path.with_context(|| format!("cargo does not say where the test {name} is"))?.into(),
+        ));
+    }
+    let mut programs = Vec::new();
+    for (name, path) in built {
+        // With what debuggers need, the guest would take minutes to read them.
+        let stripped = work.join(format!("{name}-stripped")).display().to_string();
+        step("strip", &["strip", "-o", &stripped, &path.display().to_string()], work, BUILD_LIMIT)?;
+        programs.push(format!("{stripped}={name}"));
+    }
+    let cache = std::env::var_os("KEELWAY_CACHE").map(PathBuf::from);
+    let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/keelway")));
+    let sanity = cache.context("HOME is not set")?.join("bin/csi-sanity");
+    if sanity.exists() {
+        programs.push(format!("{}=csi-sanity", sanity.display()));
+    }
+    programs.extend(STORAGE_PROGRAMS.iter().map(|&name| name.to_owned()));
+    Ok(programs)
+}
+
 /// A path below `work` that holds in any directory.
 fn absolute(work: &Path, name: &str) -> anyhow::Result<String> {
     Ok(std::env::current_dir()?.join(work).join(name).display().to_string())
@@ -92,24 +156,42 @@ fn step(title: &str, command: &[&str], work: &Path, limit: Duration) -> anyhow::
     Ok(outcome.output)
 }
 
+/// What is booted.
+struct Guest<'a> {
+    series: &'a str,
+    /// The plan, when it is another than what runs on every kernel.
+    plan: Option<&'a str>,
+    programs: &'a [String],
+}
+
 /// Boots one kernel, runs the plan in it and judges what it reported.
-fn boot(series: &str, work: &Path, programs: &[String]) -> anyhow::Result<Row> {
+fn boot(guest: &Guest<'_>, work: &Path) -> anyhow::Result<Row> {
     std::fs::create_dir_all(work).with_context(|| work.display().to_string())?;
     let out = work.display().to_string();
-    let mut command = vec!["tests/kernels/image", series, &out];
-    command.extend(programs.iter().map(String::as_str));
+    let plan = format!("PLAN={}", guest.plan.unwrap_or("network"));
+    let mut command = vec!["env", &plan, "tests/kernels/image", guest.series, &out];
+    command.extend(guest.programs.iter().map(String::as_str));
     let printed = step("image", &command, work, IMAGE_LIMIT)?;
     let release = printed.lines().last().context("tests/kernels/image prints the kernel's release")?;
-    let what = format!("kernel {release}");
+    let what = guest.plan.map_or_else(|| format!("kernel {release}"), |plan| format!("{plan} on kernel {release}"));
     println!("==> {what}: booting under QEMU");
     let (kernel, initrd) = (format!("{out}/vmlinuz"), format!("{out}/initrd"));
+    let mut append = "console=ttyS0 quiet loglevel=3 panic=-1".to_owned();
     #[rustfmt::skip]
-    let qemu = [
+    let mut qemu = vec![
         "qemu-system-x86_64", "-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", "3072", "-nographic",
         "-no-reboot", "-nic", "none", "-device", "virtio-rng-pci", "-kernel", &kernel, "-initrd", &initrd,
-        "-append", "console=ttyS0 quiet loglevel=3 panic=-1",
     ];
-    let log = Path::new("target/report").join(format!("kernel-{series}.log"));
+    let drive = format!("file={out}/disk,if=virtio,format=raw,cache=unsafe,discard=unmap");
+    if let Some(plan) = guest.plan {
+        append = format!("{append} keelway.plan={plan}");
+        let disk = work.join("disk");
+        let made = std::fs::File::create(&disk).and_then(|file| file.set_len(DISK_BYTES));
+        made.with_context(|| disk.display().to_string())?;
+        qemu.extend(["-drive", &drive]);
+    }
+    qemu.extend(["-append", &append]);
+    let log = Path::new("target/report").join(format!("kernel-{}.log", guest.plan.unwrap_or(guest.series)));
     let outcome = runner::run(&what, &qemu, &log, BOOT_LIMIT)?;
     let results = tap::read(&outcome.output);
     if !results.failed.is_empty() {

@@ -1,0 +1,342 @@
+//! Logical volumes, thick and thin.
+//!
+//! `cargo test -p keelway-csi --test lvm -- --ignored`, as root, on a kernel with device-mapper; `cargo xtask kernels` runs it
+//! on Debian's.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+
+use common::{Calls, Driver, MIB, block, create, lvm, mount, no_device_mapper};
+use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
+use keelway_csi::csi::{self, VolumeCapability};
+use tonic::{Code, Status};
+
+const THICK: &[(&str, &str)] = &[("backend", "lvm")];
+const THIN: &[(&str, &str)] = &[("backend", "lvm-thin")];
+const BOTH: &str = "lvm,lvm-thin";
+const DATA: &[u8] = &[0x5a; 1 << 16];
+
+async fn try_made(
+    driver: &Driver,
+    name: &str,
+    mebibytes: i64,
+    kind: &VolumeCapability,
+    class: &[(&str, &str)],
+    from: Option<Type>,
+) -> Result<Calls, Status> {
+    let request = csi::CreateVolumeRequest {
+        volume_content_source: from.map(|kind| csi::VolumeContentSource { r#type: Some(kind) }),
+        ..create(name, mebibytes * MIB, kind, class)
+    };
+    let made = driver.controller().await.create_volume(request).await?.into_inner().volume.unwrap();
+    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
+    Ok(Calls { staging, target, ..Calls::new(driver, &made.volume_id, kind.clone()) })
+}
+
+async fn made(driver: &Driver, name: &str, mebibytes: i64, kind: &VolumeCapability, class: &[(&str, &str)]) -> Calls {
+    try_made(driver, name, mebibytes, kind, class, None).await.unwrap()
+}
+
+async fn bring(driver: &Driver, calls: &Calls) {
+    let mut node = driver.node().await;
+    node.node_stage_volume(calls.stage()).await.unwrap();
+    node.node_publish_volume(calls.publish()).await.unwrap();
+}
+
+async fn withdraw(driver: &Driver, calls: &Calls) {
+    let mut node = driver.node().await;
+    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
+    node.node_unstage_volume(calls.unstage()).await.unwrap();
+}
+
+async fn delete(driver: &Driver, calls: &Calls) {
+    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+}
+
+async fn grow(driver: &Driver, calls: &Calls, mebibytes: i64) {
+    let range = Some(csi::CapacityRange { required_bytes: mebibytes * MIB, limit_bytes: 0 });
+    let request =
+        csi::ControllerExpandVolumeRequest { volume_id: calls.id.clone(), capacity_range: range, ..Default::default() };
+    let answer = driver.controller().await.controller_expand_volume(request).await.unwrap().into_inner();
+    assert_eq!(answer.capacity_bytes, mebibytes * MIB);
+    let request = csi::NodeExpandVolumeRequest {
+        volume_id: calls.id.clone(),
+        volume_path: calls.target.clone(),
+        staging_target_path: calls.staging.clone(),
+        capacity_range: range,
+        ..Default::default()
+    };
+    driver.node().await.node_expand_volume(request).await.unwrap();
+}
+
+async fn available(driver: &Driver, class: &[(&str, &str)]) -> i64 {
+    let parameters = class.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+    let request = csi::GetCapacityRequest { parameters, ..Default::default() };
+    driver.controller().await.get_capacity(request).await.unwrap().into_inner().available_capacity
+}
+
+/// Where the bytes of a volume are: a file of it, or the device itself.
+fn path(calls: &Calls) -> String {
+    if calls.capability == block() { calls.target.clone() } else { format!("{}/data", calls.target) }
+}
+
+fn write(calls: &Calls, data: &[u8], at: u64) {
+    let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(path(calls)).unwrap();
+    file.write_all_at(data, at).unwrap();
+    file.sync_all().unwrap();
+}
+
+fn read(calls: &Calls, at: u64, length: usize) -> Vec<u8> {
+    let mut found = vec![0; length];
+    fs::File::open(path(calls)).unwrap().read_exact_at(&mut found, at).unwrap();
+    found
+}
+
+fn mebibytes_of(calls: &Calls) -> u64 {
+    let stat = rustix::fs::statvfs(calls.target.as_str()).unwrap();
+    (stat.f_blocks * stat.f_frsize) >> 20
+}
+
+#[tokio::test]
+#[ignore = "needs root and device-mapper"]
+async fn volumes_hold_their_data_and_grow_in_use() {
+    if no_device_mapper() {
+        return;
+    }
+    let mut driver = Driver::new().lvm(2048, BOTH);
+    driver.start();
+    for class in [THICK, THIN] {
+        for (kind, first, then) in [(mount("ext4"), 64, 128), (mount("xfs"), 300, 500), (block(), 16, 32)] {
+            let calls = made(&driver, "pvc-1", first, &kind, class).await;
+            bring(&driver, &calls).await;
+            write(&calls, DATA, 0);
+            driver.kill();
+            driver.start();
+            bring(&driver, &calls).await;
+            grow(&driver, &calls, then).await;
+            if kind == block() {
+                let file = fs::File::open(&calls.target).unwrap();
+                assert_eq!(keelway_csi::sys::block::size(&file).unwrap(), (then as u64) << 20);
+            } else {
+                let now = mebibytes_of(&calls);
+                assert!(now > then as u64 * 8 / 10 && now <= then as u64, "{now} MiB of {then}");
+            }
+            assert_eq!(read(&calls, 0, DATA.len()), DATA);
+            let refused = driver.controller().await.delete_volume(calls.delete()).await;
+            assert_eq!(refused.unwrap_err().code(), Code::FailedPrecondition);
+            withdraw(&driver, &calls).await;
+            // At rest it grows, too, and is whole when it is staged next.
+            if kind != block() {
+                let more = then + 64;
+                let range = Some(csi::CapacityRange { required_bytes: more * MIB, limit_bytes: 0 });
+                let request = csi::ControllerExpandVolumeRequest {
+                    volume_id: calls.id.clone(),
+                    capacity_range: range,
+                    ..Default::default()
+                };
+                driver.controller().await.controller_expand_volume(request).await.unwrap();
+                bring(&driver, &calls).await;
+                assert!(mebibytes_of(&calls) > more as u64 * 8 / 10);
+                assert_eq!(read(&calls, 0, DATA.len()), DATA);
+                withdraw(&driver, &calls).await;
+            }
+            delete(&driver, &calls).await;
+        }
+    }
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and device-mapper"]
+async fn a_block_volume_holds_nothing_of_others() {
+    if no_device_mapper() {
+        return;
+    }
+    let mut driver = Driver::new().lvm(512, BOTH);
+    driver.start();
+    for class in [THICK, THIN] {
+        let first = made(&driver, "first", 128, &block(), class).await;
+        bring(&driver, &first).await;
+        write(&first, &vec![0x77; 128 << 20], 0);
+        withdraw(&driver, &first).await;
+        delete(&driver, &first).await;
+        let second = made(&driver, "second", 32, &block(), class).await;
+        bring(&driver, &second).await;
+        grow(&driver, &second, 128).await;
+        assert!(read(&second, 0, 128 << 20).iter().all(|&byte| byte == 0), "another's data can be read");
+        withdraw(&driver, &second).await;
+        delete(&driver, &second).await;
+    }
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and device-mapper"]
+async fn thin_volumes_are_snapshotted_restored_and_cloned() {
+    if no_device_mapper() {
+        return;
+    }
+    let mut driver = Driver::new().lvm(4096, BOTH);
+    driver.start();
+    for (kind, size) in [(mount("ext4"), 64), (mount("xfs"), 300), (block(), 64)] {
+        let first = made(&driver, "first", size, &kind, THIN).await;
+        bring(&driver, &first).await;
+        write(&first, DATA, 0);
+        let request =
+            csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: first.id.clone(), ..Default::default() };
+        let taken = driver.controller().await.create_snapshot(request).await.unwrap().into_inner();
+        let taken = taken.snapshot.unwrap().snapshot_id;
+        write(&first, &[0x11; 4096], 0);
+        let from = Type::Snapshot(SnapshotSource { snapshot_id: taken.clone() });
+        let restored = try_made(&driver, "restored", size + 100, &kind, THIN, Some(from)).await.unwrap();
+        let from = Type::Volume(VolumeSource { volume_id: first.id.clone() });
+        let clone = try_made(&driver, "clone", size, &kind, THIN, Some(from)).await.unwrap();
+        write(&first, &[0x22; 4096], 0);
+        driver.kill();
+        driver.start();
+        for (calls, want) in [(&restored, 0x5a), (&clone, 0x11), (&first, 0x22)] {
+            bring(&driver, calls).await;
+            assert_eq!(read(calls, 0, 4096), [want; 4096]);
+            assert_eq!(read(calls, 4096, 4096), [0x5a; 4096]);
+        }
+        if kind != block() {
+            assert!(mebibytes_of(&restored) > (size + 100) as u64 * 8 / 10, "it is as large as was asked for");
+        }
+        // A group is of one moment; both are in use.
+        let request = csi::CreateVolumeGroupSnapshotRequest {
+            name: "g".into(),
+            source_volume_ids: vec![first.id.clone(), clone.id.clone()],
+            ..Default::default()
+        };
+        let group = driver.groups().await.create_volume_group_snapshot(request).await.unwrap().into_inner();
+        let group = group.group_snapshot.unwrap();
+        write(&first, &[0x33; 4096], 0);
+        let request = csi::DeleteVolumeGroupSnapshotRequest {
+            group_snapshot_id: group.group_snapshot_id,
+            snapshot_ids: group.snapshots.into_iter().map(|snapshot| snapshot.snapshot_id).collect(),
+            ..Default::default()
+        };
+        driver.groups().await.delete_volume_group_snapshot(request).await.unwrap();
+        for calls in [&restored, &clone, &first] {
+            withdraw(&driver, calls).await;
+            delete(&driver, calls).await;
+        }
+        let request = csi::DeleteSnapshotRequest { snapshot_id: taken, ..Default::default() };
+        driver.controller().await.delete_snapshot(request).await.unwrap();
+        driver.assert_clean();
+    }
+    // A thick one has none, and says so.
+    let thick = made(&driver, "thick", 16, &block(), THICK).await;
+    let request =
+        csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: thick.id.clone(), ..Default::default() };
+    let refused = driver.controller().await.create_snapshot(request).await.unwrap_err();
+    assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("lvm-thin"), "{refused}");
+    delete(&driver, &thick).await;
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and device-mapper"]
+async fn no_extent_is_promised_twice_and_a_pool_stops_at_its_watermark() {
+    if no_device_mapper() {
+        return;
+    }
+    let mut driver = Driver::new().lvm(512, BOTH).with(&["--lvm-watermark=40"]);
+    driver.start();
+    // Of the group, and of the pool: what is there, in sizes that it can have.
+    for class in [THICK, THIN] {
+        let free = available(&driver, class).await / MIB;
+        assert!(free > 100, "{free}");
+        let calls = made(&driver, "pvc-1", 65, &block(), class).await;
+        assert_eq!(available(&driver, class).await / MIB, free - 68);
+        let refused = try_made(&driver, "pvc-2", free - 64, &block(), class, None).await.unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+        let range = csi::CapacityRange { required_bytes: 65 * MIB, limit_bytes: 66 * MIB };
+        let request = csi::CreateVolumeRequest { capacity_range: Some(range), ..create("pvc-3", 0, &block(), class) };
+        let refused = driver.controller().await.create_volume(request).await.unwrap_err();
+        assert!(refused.code() == Code::OutOfRange && refused.message().contains("multiples"), "{refused}");
+        delete(&driver, &calls).await;
+    }
+    // At once, more than fit: each that was made has its room.
+    let size = available(&driver, THIN).await / MIB * 2 / 5;
+    let mut tries = Vec::new();
+    for n in 0..4 {
+        let mut controller = driver.controller().await;
+        let request = create(&format!("at-once-{n}"), size * MIB, &block(), THIN);
+        tries.push(tokio::spawn(async move { controller.create_volume(request).await }));
+    }
+    let mut made = Vec::new();
+    for outcome in tries {
+        match outcome.await.unwrap() {
+            Ok(answer) => made.push(answer.into_inner().volume.unwrap().volume_id),
+            Err(status) => assert_eq!(status.code(), Code::ResourceExhausted, "{status}"),
+        }
+    }
+    assert!((1..=2).contains(&made.len()), "{} of {size} MiB", made.len());
+    for id in made {
+        delete(&driver, &Calls::new(&driver, &id, block())).await;
+    }
+    let calls = crate::made(&driver, "pvc-1", 160, &block(), THIN).await;
+    bring(&driver, &calls).await;
+    write(&calls, &vec![7; 120 << 20], 0);
+    assert_eq!(available(&driver, THIN).await, 0);
+    let refused = try_made(&driver, "pvc-2", 16, &block(), THIN, None).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert!(driver.log().contains("at its watermark"), "{}", driver.log());
+    withdraw(&driver, &calls).await;
+    delete(&driver, &calls).await;
+    assert!(available(&driver, THIN).await > 100 * MIB);
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and device-mapper"]
+async fn what_is_not_ours_or_not_the_same_is_left_alone() {
+    if no_device_mapper() {
+        return;
+    }
+    let mut driver = Driver::new().lvm(512, BOTH);
+    driver.start();
+    let calls = made(&driver, "pvc-1", 16, &mount("ext4"), THICK).await;
+    let volume = format!("kw-test/{}", calls.id);
+
+    // After a boot nobody but the driver activates it.
+    driver.kill();
+    lvm(&["vgchange", "-q", "-an", "kw-test"]);
+    lvm(&["vgchange", "-q", "-aay", "kw-test"]);
+    let mapped = || keelway_csi::sys::lvm::mapped().unwrap();
+    assert!(!mapped().iter().any(|device| device.name.contains("kwl")));
+    driver.start();
+    bring(&driver, &calls).await;
+    write(&calls, DATA, 0);
+
+    // What LVM leaves behind when it is killed at the wrong moment: a suspended device. The next start lets it go on.
+    driver.kill();
+    let name = mapped().into_iter().find(|device| device.name.contains("kwl")).unwrap().name;
+    common::run("dmsetup", &["suspend", &name]);
+    driver.start();
+    assert!(mapped().iter().all(|device| !device.suspended));
+    assert_eq!(read(&calls, 0, DATA.len()), DATA);
+    withdraw(&driver, &calls).await;
+
+    // One of the same name that somebody else made: not mounted, not formatted, not removed.
+    driver.kill();
+    lvm(&["lvremove", "-q", "-f", "-y", &volume]);
+    lvm(&["lvcreate", "-q", "-y", "-L", "16m", "-n", &calls.id, "kw-test"]);
+    lvm(&["lvcreate", "-q", "-y", "-L", "16m", "--addtag", "keelway", "-n", "stray", "kw-test"]);
+    driver.start();
+    assert!(driver.log().contains("stray belongs to no volume"), "{}", driver.log());
+    let refused = driver.node().await.node_stage_volume(calls.stage()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::DataLoss, "{refused}");
+    let refused = driver.controller().await.delete_volume(calls.delete()).await.unwrap_err();
+    assert!([Code::DataLoss, Code::FailedPrecondition].contains(&refused.code()), "{refused}");
+    assert_eq!(driver.logical().len(), 2);
+
+    // Without a group or a pool it does not start, and says which is missing.
+    driver.kill();
+    lvm(&["lvremove", "-q", "-f", "-y", "kw-test/pool"]);
+    let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.start()));
+    assert!(refused.is_err() && driver.log().contains("kw-test/pool"), "{}", driver.log());
+}
