@@ -74,7 +74,12 @@ impl Driver {
         let (image, pool) = (image.to_str().unwrap(), pool.to_str().unwrap());
         run(&format!("mkfs.{fs}"), &[&["-q"], make, &[image]].concat());
         let mounted = Command::new("mount").args(["-t", fs, "-o", options, image, pool]).status();
-        mounted.unwrap().success().then_some(driver)
+        if !mounted.unwrap().success() {
+            return None;
+        }
+        // ext4's own; what is left in a pool is looked at.
+        let _ = std::fs::remove_dir(driver.path("pool/lost+found"));
+        Some(driver)
     }
 
     /// With disks of its own, for the raw backend.
