@@ -1,5 +1,5 @@
 # Thin names over cargo and the scripts of hack/; each target says what it does while it runs.
-.PHONY: help setup build test lint lab bench bench-services demo demo-cluster conformance-network conformance-storage cluster-programs kernels clean \
+.PHONY: help setup build test lint lab bench bench-csi bench-services demo demo-cluster conformance-network conformance-storage cluster-programs kernels clean \
 	setup-build setup-lab setup-cluster
 .DEFAULT_GOAL := help
 
@@ -32,6 +32,9 @@ demo: setup-lab build ## the whole story on two nodes without Kubernetes; ends i
 
 bench: setup-lab build ## latency, throughput, time of programs, CNI calls, memory, each beside its peer; ends in a table
 	@$(LAB) bench
+
+bench-csi: setup-lab build ## volumes made, mounted and back, and fio on them, each beside Debian's tools by hand; ends in a table
+	@$(LAB) bench-csi
 
 bench-services: cluster-programs ## what Services cost beside real kube-proxy on the same objects (15 min); ends in a table
 	@$(LAB) bench-services

@@ -49,6 +49,8 @@ enum Command {
     Bench,
     /// What Services cost, each figure beside kube-proxy's on the same objects; in one table.
     BenchServices(bench::ServicesOptions),
+    /// What volumes cost, each figure beside Debian's tools by hand; in one table.
+    BenchCsi,
     /// The same story on a real Kubernetes.
     DemoCluster,
     /// A real Kubernetes in the lab.
@@ -158,6 +160,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Demo => return Ok(i32::from(!demo::run()?)),
         Command::Bench => return Ok(i32::from(!bench::run()?)),
         Command::BenchServices(options) => return Ok(i32::from(!bench::services(&options)?)),
+        Command::BenchCsi => return Ok(i32::from(!bench::volumes()?)),
         Command::BenchCni(calls) => calls.run()?,
         Command::BenchFlood(flood) => flood.run()?,
         Command::BenchTurns(turns) => turns.run()?,

@@ -1,8 +1,10 @@
 //! Claims in a real Kubernetes, from the first byte to nothing left: the scheduler, the sidecars, the kubelet and the driver.
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use keelway_lab::cluster::programs::root;
 use keelway_lab::cluster::{Cluster, demo, install, programs};
 use keelway_lab::sh::{self, wait_for};
 
@@ -45,6 +47,7 @@ impl Claims {
         self.expand_in_use()?;
         self.snapshot_and_restore()?;
         self.clone_a_claim()?;
+        self.another_driver_object()?;
         self.another_pod()?;
         self.nothing_is_left()
     }
@@ -174,6 +177,24 @@ impl Claims {
         self.cluster.wait(&[&format!("pod/{name}"), "--for=condition=Ready"], 240)?;
         let found = self.shell(name, "busybox cat /data/file")?;
         ensure!(found == wanted, "{name} holds {found:?}, not {wanted:?}");
+        Ok(())
+    }
+
+    /// Over an older CSIDriver, as deploy/README.md says: apply alone cannot change what it is for, and replacing it disturbs nobody.
+    fn another_driver_object(&self) -> Result<()> {
+        let file = root().join("deploy/csi/csidriver.yaml");
+        let older = fs::read_to_string(&file)?.replace("[Persistent, Ephemeral]", "[Persistent]");
+        let replace = |file: &Path| self.kubectl(&["replace", "--force", "-f", &file.to_string_lossy()]);
+        let copy = self.cluster.lab.dir.join("csidriver.yaml");
+        fs::write(&copy, &older)?;
+        replace(&copy)?;
+        let modes = "{.spec.volumeLifecycleModes}";
+        ensure!(self.path("csidriver/local.csi.keelway.dev", modes)? == r#"["Persistent"]"#, "{older}");
+        let refused = self.cluster.apply(&fs::read_to_string(&file)?).expect_err("the API server lets it change");
+        ensure!(format!("{refused:#}").contains("immutable"), "{refused:#}");
+        replace(&file)?;
+        ensure!(self.path("csidriver/local.csi.keelway.dev", modes)?.contains("Ephemeral"), "it is not replaced");
+        ensure!(self.shell("db-0", "busybox cat /data/file")? == "after", "the pod lost its volume");
         Ok(())
     }
 

@@ -4,6 +4,7 @@ mod report;
 mod services;
 mod traffic;
 mod turns;
+mod volumes;
 
 use std::net::SocketAddr;
 
@@ -14,6 +15,7 @@ use report::Report;
 pub use services::{Flood, Options as ServicesOptions, run as services};
 use traffic::{Load, Place, SERVER, raw_pair, vxlan_pair};
 pub use turns::Turns;
+pub use volumes::run as volumes;
 
 use crate::probe::Asked;
 use crate::sh::{self, wait_for};
