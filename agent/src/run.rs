@@ -68,18 +68,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         false => Some(Book::open(Journal::open(leases_path(&config.state_dir))?, &cidrs)?),
     };
     let leases = book.iter().flat_map(|book| book.pool().leases().cloned()).collect();
-    let datapath = Datapath::open(&config.bpffs)?;
+    let status = Status::default();
+    let (events_tx, mut events) = mpsc::channel(CHANNEL_CAPACITY);
+    let source = start_source(&config, events_tx, status.clone()).await?;
+    let (datapath, early) = open_datapath(&config, &mut events).await?;
     let was_synced = datapath.tables.state()?.generation > 0;
 
-    let status = Status::default();
     let health = Health::default();
     if was_synced {
         health.set_served();
     }
     let names = if config.kube_proxy_metrics { Metrics::with_kube_proxy_names } else { Metrics::new };
     let metrics = names(env!("CARGO_PKG_VERSION"), LAYOUT_VERSION);
-    let (events_tx, events) = mpsc::channel(CHANNEL_CAPACITY);
-    let (lister, recorder) = match start_source(&config, events_tx, status.clone()).await? {
+    let (lister, recorder) = match source {
         Some((lister, client)) => (Some(lister), Recorder::start(client, config.node_name.clone())),
         None => (None, Recorder::none()),
     };
@@ -99,6 +100,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (complaints_tx, complaints) = watch::channel(BTreeSet::new());
     let (backends_tx, backends) = mpsc::unbounded_channel();
     let wiring = Wiring {
+        early,
         events,
         devices,
         node: node_tx,
@@ -175,6 +177,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     tracing::info!("stopping; the network stays as it is");
     Ok(())
+}
+
+/// Loads the programs. The kernel takes about a second to check them, in which the source may already speak: what it says by then is
+/// answered too.
+async fn open_datapath(config: &Config, events: &mut mpsc::Receiver<Event>) -> anyhow::Result<(Datapath, Vec<Event>)> {
+    let bpffs = config.bpffs.clone();
+    let mut opening = tokio::task::spawn_blocking(move || Datapath::open(&bpffs));
+    let mut early = Vec::new();
+    loop {
+        tokio::select! {
+            opened = &mut opening => return Ok((opened??, early)),
+            Some(event) = events.recv() => early.push(event),
+        }
+    }
 }
 
 /// Keeps a second agent from this node's state.

@@ -219,6 +219,8 @@ pub struct Engine {
 
 /// The channels that the engine is made with.
 pub struct Wiring {
+    /// What the source said before the engine could be made.
+    pub early: Vec<Event>,
     /// Desired state.
     pub events: mpsc::Receiver<Event>,
     /// The devices, when the host's side is ready.
@@ -252,6 +254,7 @@ impl Engine {
         let (commands, inbox) = mpsc::channel(256);
         let (synced_tx, synced) = watch::channel(false);
         let Wiring {
+            early,
             events,
             devices,
             node,
@@ -295,11 +298,22 @@ impl Engine {
             started: Instant::now(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-        std::thread::Builder::new().name("engine".into()).spawn(move || runtime.block_on(engine.run(events, inbox)))?;
+        std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || runtime.block_on(engine.run(early, events, inbox)))?;
         Ok(Handle { commands, synced })
     }
 
-    async fn run(mut self, mut events: mpsc::Receiver<Event>, mut commands: mpsc::Receiver<Command>) {
+    async fn run(
+        mut self,
+        early: Vec<Event>,
+        mut events: mpsc::Receiver<Event>,
+        mut commands: mpsc::Receiver<Command>,
+    ) {
+        for event in early {
+            self.event(event);
+        }
+        self.update();
         let mut batch = Vec::with_capacity(BATCH);
         let mut devices = self.devices.clone();
         loop {

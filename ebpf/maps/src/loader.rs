@@ -1,10 +1,15 @@
 //! Loading: check the pins, load beside what runs, switch by one word.
 
+use std::collections::BTreeMap;
+use std::num::NonZero;
 use std::os::fd::AsFd as _;
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::thread::{ScopedJoinHandle, available_parallelism};
 
 use aya::maps::{MapData, ProgramArray};
-use aya::programs::{CgroupSockAddr, ProgramError, ProgramFd, SchedClassifier};
+use aya::programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 use keelway_layout::{Hook, NodeState, maps};
 
@@ -110,12 +115,7 @@ impl Datapath {
         let mut ebpf = loader
             .load(object)
             .map_err(|error| Error::Refused { what: "the object".into(), reason: error.to_string() })?;
-        for hook in HOOKS {
-            for name in [hook.entry, hook.work] {
-                load(&mut ebpf, name, hook.socket)?;
-            }
-        }
-        load(&mut ebpf, SWEEP, false)?;
+        load_all(&mut ebpf)?;
         let tables = Tables::open(&mut ebpf)?;
         Ok(Self { ebpf, tables, attachments: Attachments::new(pins) })
     }
@@ -231,8 +231,31 @@ fn missing(name: &str) -> Error {
     Error::Refused { what: name.into(), reason: "not in the object".into() }
 }
 
-fn load(ebpf: &mut Ebpf, name: &str, socket: bool) -> Result<(), Error> {
-    let program = ebpf.program_mut(name).ok_or_else(|| missing(name))?;
+/// Loads every program, some at a time: the kernel checks a few of them for half a second each.
+fn load_all(ebpf: &mut Ebpf) -> Result<(), Error> {
+    const THREADS: usize = 4;
+    let of_hooks = HOOKS.iter().flat_map(|hook| [(hook.entry, hook.socket), (hook.work, hook.socket)]);
+    let mut wanted: BTreeMap<&str, bool> = of_hooks.chain([(SWEEP, false)]).collect();
+    let take = |(name, program)| wanted.remove(name).map(|socket| (socket, name, program));
+    let mut programs: Vec<(bool, &str, &mut Program)> = ebpf.programs_mut().filter_map(take).collect();
+    if let Some((name, _)) = wanted.first_key_value() {
+        return Err(missing(name));
+    }
+    // The long ones first, which are those on devices that work.
+    programs.sort_unstable_by_key(|(socket, name, _)| (!socket && name.ends_with("_work"), *name));
+    let threads = available_parallelism().map_or(1, NonZero::get).min(THREADS);
+    let programs = Mutex::new(programs);
+    let next = || programs.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let work = || std::iter::from_fn(next).try_for_each(|(socket, name, program)| load(program, name, socket));
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let own = work();
+        let join = |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+        others.into_iter().map(join).fold(own, Result::and)
+    })
+}
+
+fn load(program: &mut Program, name: &str, socket: bool) -> Result<(), Error> {
     if socket {
         let program: &mut CgroupSockAddr = program.try_into().map_err(program_error(name))?;
         program.load().map_err(program_error(name))

@@ -137,6 +137,22 @@ impl Site {
         Ok(line.split_whitespace().next().context("no number")?.parse::<f64>()? / 1024.0)
     }
 
+    /// For how long a thread of the agent has run, and has waited for a CPU, in nanoseconds.
+    pub(super) fn agent_thread(&self, name: &str) -> Result<[f64; 2]> {
+        let pid = self.agent.as_ref().context("it does not run")?.pid();
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+            let thread = thread?.path();
+            let read = |file: &str| std::fs::read_to_string(thread.join(file));
+            if read("comm")?.trim() == name {
+                let text = read("schedstat")?;
+                let mut numbers = text.split_whitespace().map(str::parse::<f64>);
+                let mut next = || numbers.next().context("a number of schedstat")?.context("a number of schedstat");
+                return Ok([next()?, next()?]);
+            }
+        }
+        anyhow::bail!("the agent has no thread {name}")
+    }
+
     /// Pods `client` and `server` on both nodes, and the Services that the servers are behind.
     pub(super) fn add_pods(&mut self) -> Result<()> {
         let ours = self.node(Side::Ours);

@@ -81,10 +81,17 @@ fn changes_of_ours(
     const OWN: &str = "keelway_change_write_duration_seconds";
     const WHOLE: &str = "keelway_network_programming_duration_seconds";
     let before = site.metrics(Side::Ours)?;
+    let thread_before = site.agent_thread("engine")?;
     let next = Duration::from_millis(1000 / PER_SECOND);
     for number in 0..CHANGES {
         site.api.put([objects::filler_slice(number * 7 % services, ENDPOINTS, 1 + number * 7 / services)])?;
         std::thread::sleep(next);
+    }
+    let thread_after = site.agent_thread("engine")?;
+    for (index, part) in ["runs", "waits for a CPU that others have"].into_iter().enumerate() {
+        let what = named(&format!("one change, for how long the thread that writes {part}, mean"));
+        let micros = (thread_after[index] - thread_before[index]) / 1000.0 / CHANGES as f64;
+        report.row(&what, "us", vec![micros], None);
     }
     let count = |text: &str, name: &str| metric(text, &format!("{name}_count"));
     let after = wait_for("the changes to be written", Duration::from_secs(10), || {
