@@ -14,7 +14,7 @@ use keelway_layout::{Addr, NodeConfig, Port, node_flags};
 use keelway_netlink::{AddressOptions, Handle, Link, OnMismatch, Route, RouteFilter, Vxlan, sysctl};
 use keelway_netlink::{PROTOCOL_KEELWAY, RouteScope, TABLE_MAIN};
 
-use crate::config::{Config, NodePortAddresses, PortRange, Routing};
+use crate::config::{Config, LoadBalancerMode, NodePortAddresses, PortRange, Routing};
 use crate::engine::{Devices, HostRoutes};
 use crate::source::Node;
 
@@ -70,23 +70,37 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
     let mut programs = NodeConfig {
         node_v4: first_of(node, IpAddr::is_ipv4),
         node_v6: first_of(node, IpAddr::is_ipv6),
-        flags: node_flags::MASQUERADE_V4 | node_flags::MASQUERADE_V6,
+        flags: node_flags::MASQUERADE_V4 | node_flags::MASQUERADE_V6 | dsr_flags(config.load_balancer_mode),
         snat_first: Port::new(config.snat_ports.first),
         snat_last: Port::new(config.snat_ports.last),
         vxlan_port: Port::new(config.vxlan_port),
         host_netns: keelway_netlink::netns::own_cookie()?,
         ..NodeConfig::default()
-    };
-    let (route_index, vxlan, address_index) = match config.routing {
+    }
+    .with_pods_v6_word(first_v6_word(&node.pod_cidrs));
+    let mut tunnel = None;
+    let (route_index, address_index) = match config.routing {
         Routing::Vxlan => {
             let link = vxlan_device(config, mtu, host).await?;
             programs.flags |= node_flags::VXLAN;
-            programs.vxlan_ifindex = link.index;
-            programs.vxlan_mac = link.mac.unwrap_or_default();
-            (link.index, Some(VXLAN_DEVICE.to_owned()), link.index)
+            tunnel = Some(link.clone());
+            (link.index, link.index)
         }
-        Routing::Routed => (first.index, None, host.require_link("lo").await?.index),
+        Routing::Routed => {
+            if config.load_balancer_mode != LoadBalancerMode::Snat {
+                tunnel = Some(vxlan_device(config, mtu, host).await?);
+            } else if host.link(VXLAN_DEVICE).await?.is_some() {
+                // Of another mode. What it receives would reach the host's stack past every check.
+                host.delete_link(VXLAN_DEVICE).await?;
+            }
+            (first.index, host.require_link("lo").await?.index)
+        }
     };
+    if let Some(link) = &tunnel {
+        programs.vxlan_ifindex = link.index;
+        programs.vxlan_mac = link.mac.unwrap_or_default();
+    }
+    let vxlan = tunnel.map(|link| link.name);
     for address in pool.host_addresses().iter().filter(|address| host_addresses.contains(address)) {
         let options = AddressOptions { nodad: true, noprefixroute: true };
         host.replace_address(address_index, IpNet::from(*address), options).await?;
@@ -170,11 +184,26 @@ fn first_of(node: &Node, family: fn(&IpAddr) -> bool) -> Addr {
     node.internal_addresses.iter().find(|address| family(address)).map_or(Addr::UNSPECIFIED, |ip| Addr::from(*ip))
 }
 
+const fn dsr_flags(mode: LoadBalancerMode) -> u32 {
+    match mode {
+        LoadBalancerMode::Snat => 0,
+        LoadBalancerMode::Hybrid => node_flags::DSR_TCP,
+        LoadBalancerMode::Dsr => node_flags::DSR_TCP | node_flags::DSR_DATAGRAMS,
+    }
+}
+
+/// The first word, network byte order, of the addresses of the node's IPv6 pods; 0 where they may differ in it.
+fn first_v6_word(pod_cidrs: &[IpNet]) -> u32 {
+    let v6 = pod_cidrs.iter().find(|cidr| cidr.addr().is_ipv6() && cidr.prefix_len() >= 32);
+    v6.map_or(0, |cidr| Addr::from(cidr.network()).words()[0])
+}
+
 fn pod_mtu(config: &Config, device: u32, underlay: IpAddr) -> u32 {
-    let overhead = match config.routing {
-        Routing::Routed => 0,
-        Routing::Vxlan if underlay.is_ipv4() => OVERHEAD_V4,
-        Routing::Vxlan => OVERHEAD_V6,
+    // What clients send to a pod goes through the tunnel in every mode but one: they are to send no more than fits.
+    let overhead = match (config.routing, config.load_balancer_mode) {
+        (Routing::Routed, LoadBalancerMode::Snat) => 0,
+        _ if underlay.is_ipv4() => OVERHEAD_V4,
+        _ => OVERHEAD_V6,
     };
     config.mtu.unwrap_or_else(|| device.saturating_sub(overhead))
 }

@@ -24,6 +24,7 @@ pub fn node_status(status: &NodeStatusResponse, volumes: &Volumes) -> Value {
         "uptimeSeconds": status.uptime_seconds,
         "podCIDRs": status.pod_cidrs,
         "routing": status.routing,
+        "loadBalancerMode": status.load_balancer_mode,
         "mtu": status.mtu,
         "generation": status.generation,
         "counts": {

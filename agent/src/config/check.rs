@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use super::cgroup::NoMount;
 use super::flags::{Flags, Text};
-use super::{Config, Host, Listen, NodePortAddresses, PluginConfig, PortRange, Routing, SourceConfig};
+use super::{
+    Config, Host, Listen, LoadBalancerMode, NodePortAddresses, PluginConfig, PortRange, Routing, SourceConfig,
+};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +72,7 @@ pub(super) fn check(flags: &Flags, file: &Flags, host: &Host) -> Result<Config, 
         state_dir: plugin.state_dir,
         run_dir: plugin.run_dir,
         routing: routing(over(&flags.routing, &file.routing))?,
+        load_balancer_mode: load_balancer_mode(over(&flags.load_balancer_mode, &file.load_balancer_mode))?,
         devices: devices(over(&flags.devices, &file.devices))?,
         mtu: mtu(over(&flags.mtu, &file.mtu))?,
         vxlan_port: port("vxlan-port", over(&flags.vxlan_port, &file.vxlan_port), 8472)?,
@@ -193,6 +196,15 @@ fn routing(value: Option<&str>) -> Result<Routing, ConfigError> {
         "vxlan" => Ok(Routing::Vxlan),
         "routed" => Ok(Routing::Routed),
         other => Err(wrong("routing", other, "vxlan or routed")),
+    }
+}
+
+fn load_balancer_mode(value: Option<&str>) -> Result<LoadBalancerMode, ConfigError> {
+    match value.unwrap_or("snat") {
+        "snat" => Ok(LoadBalancerMode::Snat),
+        "dsr" => Ok(LoadBalancerMode::Dsr),
+        "hybrid" => Ok(LoadBalancerMode::Hybrid),
+        other => Err(wrong("load-balancer-mode", other, "snat, dsr or hybrid")),
     }
 }
 

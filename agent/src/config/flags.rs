@@ -130,6 +130,11 @@ pub struct Flags {
     #[arg(long, value_name = "MODE", help_heading = "Network")]
     pub routing: Option<Text>,
 
+    /// How a client outside is answered by a pod of another node than it dialled: snat (by the node that it dialled, whose address
+    /// the pod sees), dsr (by the pod's node; the pod sees the client) or hybrid (TCP as dsr, all else as snat). [default: snat]
+    #[arg(long, value_name = "MODE", help_heading = "Network")]
+    pub load_balancer_mode: Option<Text>,
+
     /// Node devices that carry Service traffic, or auto: the device of the node's InternalIP. [default: auto]
     #[arg(long, value_name = "NAME,...", help_heading = "Network")]
     pub devices: Option<Text>,

@@ -62,6 +62,28 @@ impl Routing {
     }
 }
 
+/// How a client outside is answered by a pod of another node than the one that it dialled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadBalancerMode {
+    /// By the node that was dialled, whose address the pod sees.
+    Snat,
+    /// By the pod's node; the pod sees the client.
+    Dsr,
+    /// TCP as [`Self::Dsr`], everything else as [`Self::Snat`].
+    Hybrid,
+}
+
+impl LoadBalancerMode {
+    /// As in `--load-balancer-mode`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Snat => "snat",
+            Self::Dsr => "dsr",
+            Self::Hybrid => "hybrid",
+        }
+    }
+}
+
 /// On which of the node's addresses node ports answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodePortAddresses {
@@ -118,6 +140,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// How packets reach pods on other nodes.
     pub routing: Routing,
+    /// How clients outside are answered by pods of other nodes.
+    pub load_balancer_mode: LoadBalancerMode,
     /// Node devices; empty: the device of the node's InternalIP.
     pub devices: Vec<String>,
     /// MTU of pods in bytes; `None`: from the device, less the tunnel's overhead.

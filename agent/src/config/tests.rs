@@ -101,6 +101,7 @@ fn errors_name_the_field_the_value_and_what_was_expected() {
         (["--vxlan-port", "0"], r#"vxlan-port: "0" is not a port from 1 to 65535"#),
         (["--snat-ports", "9-1"], r#"snat-ports: "9-1" is not a range FIRST-LAST of ports from 1024 to 65535"#),
         (["--routing", "bgp"], r#"routing: "bgp" is not vxlan or routed"#),
+        (["--load-balancer-mode", "l2"], r#"load-balancer-mode: "l2" is not snat, dsr or hybrid"#),
         (["--bpffs", "sys"], r#"bpffs: "sys" is not an absolute path"#),
         (["--status-grace", "5"], r#"status-grace: "5" is not a whole number with its unit, such as 90s, 5m or 1h"#),
         (["--metrics-addr", "9965"], r#"metrics-addr: "9965" is not IP:PORT, [IPv6]:PORT, :PORT or off"#),

@@ -153,7 +153,7 @@ pub struct Settings {
 pub struct Devices {
     /// Names of the devices that carry traffic in and out of the node.
     pub node: Vec<String>,
-    /// The tunnel's; `None` in routed mode.
+    /// The tunnel's; `None` in routed mode, unless Services' clients go through it.
     pub vxlan: Option<String>,
     /// What the programs are told of all this.
     pub config: NodeConfig,

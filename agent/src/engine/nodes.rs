@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use keelway_cni::ipam::Pool;
-use keelway_layout::Tunnel;
+use keelway_layout::{Tunnel, node_flags, tunnel_flags};
 use keelway_maps::Table as _;
 use keelway_policy as policy;
 
@@ -14,6 +14,10 @@ use crate::source::Node;
 
 /// Where other nodes' pods are: pod CIDR to the node's address of the same family (routed mode) or none (the tunnel).
 pub type HostRoutes = BTreeMap<IpNet, Option<IpAddr>>;
+
+/// On a Node, "false": it does not take packets of Services' clients as they came (an older agent, or one that is about to be told of
+/// the mode). Other nodes send it those in their own name.
+const DSR_LABEL: &str = "keelway.dev/dsr";
 
 /// The node's address that tunnelled packets go to.
 fn underlay(node: &Node) -> Option<IpAddr> {
@@ -78,33 +82,36 @@ impl Engine {
 
     /// Brings the tunnel table, and the host's wish for routes, to the nodes that are known.
     pub(super) fn sync_nodes(&mut self, devices: &Devices) -> Result<(), EngineError> {
-        let tunnelled = devices.vxlan.is_some();
-        let mut wanted: BTreeMap<IpNet, IpAddr> = BTreeMap::new();
+        let has_tunnel = devices.vxlan.is_some();
+        let tunnelled = devices.config.flags & node_flags::VXLAN != 0;
+        let mut wanted: BTreeMap<IpNet, Tunnel> = BTreeMap::new();
         let mut routes = HostRoutes::new();
         for node in self.nodes.values().filter(|node| node.name != self.settings.node_name) {
             let Some(remote) = underlay(node) else { continue };
+            let takes_dsr = node.labels.get(DSR_LABEL).is_none_or(|value| value != "false");
+            let flags = if takes_dsr { tunnel_flags::DSR } else { 0 };
+            let tunnel = Tunnel { remote: remote.into(), flags, reserved: 0 };
             for cidr in &node.pod_cidrs {
                 let gateway = node.internal_addresses.iter().find(|addr| addr.is_ipv4() == cidr.addr().is_ipv4());
+                if has_tunnel {
+                    wanted.insert(cidr.trunc(), tunnel);
+                }
                 if tunnelled {
-                    wanted.insert(cidr.trunc(), remote);
                     routes.insert(cidr.trunc(), None);
                 } else if let Some(gateway) = gateway {
                     routes.insert(cidr.trunc(), Some(*gateway));
                 }
             }
-            if tunnelled {
+            if has_tunnel {
                 for address in &node.internal_addresses {
-                    wanted.insert(IpNet::from(*address), remote);
+                    wanted.insert(IpNet::from(*address), tunnel);
                 }
             }
         }
         let tables = &mut self.datapath.tables;
         let kernel = |error: keelway_maps::TableError| EngineError::Kernel(error.to_string());
         let present: BTreeMap<_, _> = tables.tunnels.dump().map_err(kernel)?.into_iter().collect();
-        let wanted: BTreeMap<_, _> = wanted
-            .into_iter()
-            .map(|(net, remote)| (convert::prefix(net), Tunnel { remote: remote.into(), reserved: [0; 2] }))
-            .collect();
+        let wanted: BTreeMap<_, _> = wanted.into_iter().map(|(net, tunnel)| (convert::prefix(net), tunnel)).collect();
         for (key, value) in &wanted {
             if present.get(key) != Some(value) {
                 tables.tunnels.put(key, value).map_err(kernel)?;

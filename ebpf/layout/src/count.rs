@@ -118,13 +118,15 @@ numbered! {
         NodePortTaken = 22, "node-port-taken";
         /// No route to where the packet is to go.
         NoRoute = 23, "no-route";
+        /// Sent as it came to the node of a Service's backend.
+        ToBackendsNode = 24, "to-backends-node";
     }
 }
 
 impl Reason {
     /// Whether the packet went on.
     pub const fn is_passage(self) -> bool {
-        matches!(self, Self::Forwarded | Self::Translated)
+        matches!(self, Self::Forwarded | Self::Translated | Self::ToBackendsNode)
     }
 }
 

@@ -84,6 +84,8 @@ pub mod ct_flags {
     pub const TRANSLATED: u32 = 16;
     /// SERVICE: a flow of before our time, which the kernel's own connection tracking translates. Packets are left to it.
     pub const STACK: u32 = 32;
+    /// SERVICE: it goes to the backend's node as it came, which answers the client itself.
+    pub const DSR: u32 = 64;
 }
 
 /// What is remembered of a flow. An entry past `expires` is as good as absent.

@@ -27,7 +27,7 @@ pub use lb::{
     Affinity, AffinityKey, Backend, From, Frontend, FrontendKey, MEMBER_BIT, NetnsPod, SlotKey, SockBackend,
     SockFrontend, SockKey, SourceRangeKey, backend_flags, frontend_flags,
 };
-pub use lpm::{Identity, PrefixKey, Tunnel};
+pub use lpm::{Identity, PrefixKey, Tunnel, tunnel_flags};
 pub use node::{NodeConfig, NodeState, node_flags};
 pub use policy::{CidrKey, Direction, RuleKey, identity};
 

@@ -43,12 +43,20 @@ pub struct Identity {
     pub flags: u32,
 }
 
+/// Bits of [`Tunnel::flags`].
+pub mod tunnel_flags {
+    /// It takes packets of Services' clients as they came, and answers these itself.
+    pub const DSR: u32 = 1;
+}
+
 /// The node behind an address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Tunnel {
     /// The node's underlay address.
     pub remote: Addr,
+    /// See [`tunnel_flags`].
+    pub flags: u32,
     /// Zero.
-    pub reserved: [u32; 2],
+    pub reserved: u32,
 }

@@ -12,6 +12,10 @@ pub mod node_flags {
     pub const MASQUERADE_V6: u32 = 4;
     /// The flows of a former kube-proxy are being taken over: TCP to a Service that is under way and unknown is the stack's.
     pub const ADOPTING: u32 = 8;
+    /// TCP of Services' clients outside goes to pods of other nodes as it came, and is answered from there.
+    pub const DSR_TCP: u32 = 16;
+    /// The same for UDP and SCTP.
+    pub const DSR_DATAGRAMS: u32 = 32;
 }
 
 /// What the programs need to know of their node; one entry, written by the agent.
@@ -32,14 +36,31 @@ pub struct NodeConfig {
     pub snat_last: Port,
     /// UDP port of the tunnel.
     pub vxlan_port: Port,
-    /// Zero.
-    pub reserved16: u16,
+    /// See [`NodeConfig::pods_v6_word`].
+    pub pods_v6_high: u16,
     /// MAC of the VXLAN device.
     pub vxlan_mac: [u8; 6],
-    /// Zero.
-    pub reserved: [u8; 2],
+    /// See [`NodeConfig::pods_v6_word`].
+    pub pods_v6_low: u16,
     /// Cookie of the network namespace that the agent runs in: "the host".
     pub host_netns: u64,
+}
+
+impl NodeConfig {
+    /// The first word of the addresses of this node's IPv6 pods, network byte order; 0 without. Kept in two halves, where bytes were
+    /// free.
+    #[inline(always)]
+    pub const fn pods_v6_word(&self) -> u32 {
+        let [a, b] = self.pods_v6_high.to_ne_bytes();
+        let [c, d] = self.pods_v6_low.to_ne_bytes();
+        u32::from_ne_bytes([a, b, c, d])
+    }
+    /// The same with another.
+    #[must_use]
+    pub const fn with_pods_v6_word(self, word: u32) -> Self {
+        let [a, b, c, d] = word.to_ne_bytes();
+        Self { pods_v6_high: u16::from_ne_bytes([a, b]), pods_v6_low: u16::from_ne_bytes([c, d]), ..self }
+    }
 }
 
 /// Words that change while traffic flows; one entry, written by the agent.

@@ -20,11 +20,13 @@ pub struct Account {
     pub client: Client,
     /// The frontend that a client from outside dialled; unspecified without.
     pub dialled: (Addr, Port),
+    /// Whether the packet is for the backend's node to translate.
+    pub dsr: bool,
 }
 
 impl Account {
     pub const fn new(hook: Hook) -> Self {
-        Self { hook, endpoint: 0, peer: 0, client: Client::Outside, dialled: (Addr::UNSPECIFIED, Port::NONE) }
+        Self { hook, endpoint: 0, peer: 0, client: Client::Outside, dialled: (Addr::UNSPECIFIED, Port::NONE), dsr: false }
     }
 }
 

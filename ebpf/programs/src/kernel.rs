@@ -14,6 +14,14 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::parse::Packet;
 
+/// The outside of a tunnelled packet.
+pub struct Underlay {
+    /// Where it came from.
+    pub remote: Addr,
+    /// The network id.
+    pub id: u32,
+}
+
 /// A packet at a tc hook.
 #[derive(Clone, Copy)]
 pub struct Skb(*mut __sk_buff);
@@ -172,27 +180,28 @@ impl Skb {
         check(unsafe { h::bpf_skb_change_type(self.0, PACKET_HOST) })
     }
 
-    /// The underlay source of a packet that came out of a tunnel.
+    /// The tunnel that a packet came out of, or is on its way into; for an underlay of the other family an error.
     #[inline(always)]
-    pub fn tunnel_source(self, v6: bool) -> Result<Addr, Reason> {
+    pub fn tunnel(self, v6: bool) -> Result<Underlay, Reason> {
         let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
         let flags = if v6 { u64::from(BPF_F_TUNINFO_IPV6) } else { 0 };
         // SAFETY: `key` is writable for the size given, all of which the helper writes; any bytes make a `bpf_tunnel_key`.
         unsafe {
             check(h::bpf_skb_get_tunnel_key(self.0, key.as_mut_ptr(), size_of::<bpf_tunnel_key>() as u32, flags))?;
             let key = key.assume_init();
-            Ok(if v6 {
+            let remote = if v6 {
                 Addr::from_words(key.__bindgen_anon_1.remote_ipv6)
             } else {
                 // The one field that the kernel keeps in host byte order.
                 Addr::from_v4_word(key.__bindgen_anon_1.remote_ipv4.to_be())
-            })
+            };
+            Ok(Underlay { remote, id: key.tunnel_id })
         }
     }
 
-    /// Sends the packet to `remote` once it reaches the tunnel's device.
+    /// Sends the packet to `remote`, under a network id of 24 bits, once it reaches the tunnel's device.
     #[inline(always)]
-    pub fn set_tunnel(self, remote: &Addr) -> Result<(), Reason> {
+    pub fn set_tunnel(self, remote: &Addr, id: u32) -> Result<(), Reason> {
         const WORDS: usize = size_of::<bpf_tunnel_key>() / 4;
         const { assert!(WORDS * 4 == size_of::<bpf_tunnel_key>() && align_of::<bpf_tunnel_key>() >= 4) };
         let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
@@ -203,7 +212,7 @@ impl Skb {
                 key.as_mut_ptr().cast::<u32>().add(word).write_volatile(0);
             }
             let k = &mut *key.as_mut_ptr();
-            k.tunnel_id = 1;
+            k.tunnel_id = id;
             k.tunnel_ttl = 64;
             let flags = if remote.is_v4() {
                 k.__bindgen_anon_1.remote_ipv4 = u32::from_be(remote.v4_word());

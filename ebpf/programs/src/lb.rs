@@ -6,6 +6,7 @@ use keelway_layout::{
 };
 
 use crate::ct::{self, Flow, Way, lifetime};
+use crate::dsr;
 use crate::kernel::{lpm_get, random};
 use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, NODE, SLOTS, SOURCE_RANGES};
 use crate::parse::{ACK, Packet, SCTP, SYN, TCP, UDP};
@@ -178,12 +179,14 @@ pub struct Asked {
     pub incarnation: u32,
     /// Meaningful after [`Outcome::Translated`].
     pub backend: (Addr, Port),
+    /// Then also: the packet is for the backend's node to translate.
+    pub dsr: bool,
 }
 
 impl Asked {
     #[inline(always)]
     pub const fn by(client: Client, incarnation: u32) -> Self {
-        Self { client, incarnation, backend: (Addr::UNSPECIFIED, Port::NONE) }
+        Self { client, incarnation, backend: (Addr::UNSPECIFIED, Port::NONE), dsr: false }
     }
 }
 
@@ -201,6 +204,7 @@ pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcom
             flow.keep(now + if tuple.proto == UDP { STACK_UDP } else { LEASE });
             return Ok(Outcome::Other);
         }
+        asked.dsr = flow.entry().flags & ct_flags::DSR != 0;
         flow.keep(now + lease(tuple.proto));
         return Ok(Outcome::Translated);
     }
@@ -245,6 +249,9 @@ fn goes_on(packet: &Packet, flow: Flow, into: &mut (Addr, Port)) -> bool {
         return packet.tuple.proto != TCP || under_way(packet);
     }
     let opens = packet.tuple.proto == UDP || (packet.tuple.proto == TCP && packet.tcp_flags & (SYN | ACK) == SYN);
+    if opens && entry.flags & ct_flags::DSR != 0 && !dsr::is_taken_by_node_of(&entry.nat_addr) {
+        return false;
+    }
     // SAFETY: read at once.
     let backend = unsafe { BACKENDS.get(entry.backend) };
     let stays = match backend.filter(|backend| backend.addr == entry.nat_addr && backend.port == entry.nat_port) {
@@ -273,6 +280,7 @@ fn pick(packet: &Packet, frontend: &Frontend, asked: &mut Asked, now: u64) -> Re
         let last = attempt == 3 || kept != NO_SLOT;
         if (last && tuple.proto == UDP) || !taken(tuple, &asked.backend, asked.incarnation, now) {
             keep_for(frontend, &tuple.src, choice.id, now);
+            asked.dsr = asked.client == Client::Outside && dsr::applies(tuple, &asked.backend.0);
             return remember(tuple, asked, choice.id, now);
         }
         if kept != NO_SLOT {
@@ -290,6 +298,7 @@ fn remember(tuple: &CtKey, asked: &Asked, backend: u32, now: u64) -> Result<(), 
     entry.nat_addr = asked.backend.0;
     entry.nat_port = asked.backend.1;
     entry.backend = backend;
+    entry.flags = if asked.dsr { ct_flags::DSR } else { 0 };
     entry.incarnation = asked.incarnation;
     ct::insert(&draft.key, &draft.entry)
 }

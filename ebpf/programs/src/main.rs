@@ -12,6 +12,7 @@ mod claim;
 mod count;
 mod ct;
 mod deliver;
+mod dsr;
 mod kernel;
 mod lb;
 mod maps;

@@ -6,18 +6,18 @@
 //! by one. A backend on this node sees the client's own address.
 
 use aya_ebpf::bindings::TC_ACT_OK;
-use keelway_layout::{Addr, CtKey, Endpoint, Hook, NodeConfig, Port, Reason, identity, node_flags, scope};
+use keelway_layout::{Addr, CtKey, Endpoint, Hook, NodeConfig, Port, Reason, ct_flags, identity, node_flags, scope};
 
 use crate::count::{Account, count};
 use crate::ct::{self, Flow, Way};
 use crate::kernel::{Skb, lpm_get};
 use crate::lb::{self, Asked, Client, Outcome};
-use crate::maps::TUNNELS;
-use crate::parse::{self, Packet, UDP};
+use crate::maps::{NODE, TUNNELS};
+use crate::parse::{self, FIN, Packet, UDP};
 use crate::pod::endpoint;
 use crate::policy::identity_of;
 use crate::rewrite::{self, Side};
-use crate::{deliver, nat, refuse};
+use crate::{deliver, dsr, nat, refuse};
 
 const OK: i32 = TC_ACT_OK as i32;
 
@@ -34,6 +34,18 @@ fn translate(skb: Skb, packet: &mut Packet, now: u64, account: &mut Account) -> 
     let outcome = lb::for_packet(packet, &mut asked, now)?;
     if outcome == Outcome::Translated {
         account.dialled = (packet.tuple.dst, packet.tuple.dport);
+        account.dsr = asked.dsr;
+        if asked.dsr {
+            // The packet stays as it is: its destination tells the backend's node what was dialled.
+            packet.tuple.dst = asked.backend.0;
+            packet.tuple.dport = asked.backend.1;
+            remember(packet, account.dialled, now)?;
+            if packet.tcp_flags & FIN != 0 {
+                // The backend's is not to be seen here. Whether the ports are free for another connection its node knows.
+                client_ended(packet, now);
+            }
+            return Ok(outcome);
+        }
         rewrite::packet(skb, packet, Side::Destination, asked.backend.0, asked.backend.1)?;
         count(account.hook, Reason::Translated, skb.len());
         remember(packet, account.dialled, now)?;
@@ -47,7 +59,7 @@ fn translate(skb: Skb, packet: &mut Packet, now: u64, account: &mut Account) -> 
 pub fn is_for_a_tunnel(packet: &Packet, node: &NodeConfig) -> bool {
     packet.tuple.proto == UDP
         && node.vxlan_port == packet.tuple.dport
-        && node.flags & node_flags::VXLAN != 0
+        && node.vxlan_ifindex != 0
         && is_no_pod(&packet.tuple.dst)
 }
 
@@ -79,6 +91,10 @@ pub fn arrive(
     if account.hook == Hook::NodeIngress {
         crate::node::genuine(node, packet)?;
     }
+    if account.dsr {
+        count(account.hook, Reason::ToBackendsNode, skb.len());
+        return dsr::send(skb, node, &packet.tuple.dst, packet.tuple.dport);
+    }
     if let Some(receiver) = endpoint(&packet.tuple.dst) {
         return receive(skb, packet, receiver, now, account);
     }
@@ -95,8 +111,15 @@ pub fn arrive(
     onward(skb, packet, node)
 }
 
+/// Into a pod that is the backend, by its rules.
 #[inline(never)]
-fn receive(skb: Skb, packet: &mut Packet, receiver: &Endpoint, now: u64, account: &mut Account) -> Result<i32, Reason> {
+pub fn receive(
+    skb: Skb,
+    packet: &mut Packet,
+    receiver: &Endpoint,
+    now: u64,
+    account: &mut Account,
+) -> Result<i32, Reason> {
     deliver::admit_flow(skb, packet, receiver, now, account)?;
     deliver::hand_over(skb, receiver)
 }
@@ -111,6 +134,14 @@ fn remember(packet: &Packet, dialled: (Addr, Port), now: u64) -> Result<(), Reas
         return Ok(());
     }
     ct::open_dialled(packet, scope::LB, 0, &dialled, now)
+}
+
+/// Takes both ends of a flow as ended.
+#[inline(never)]
+fn client_ended(packet: &Packet, now: u64) {
+    if let Some(flow) = ct::find_of(&packet.tuple, scope::LB, Way::Forward, 0, now) {
+        flow.touch(packet, Way::Reverse, now);
+    }
 }
 
 /// The flow that a backend's packet answers, if that came by a Service.
@@ -150,7 +181,13 @@ pub fn arrive_error(skb: Skb, packet: &mut Packet, now: u64, account: &mut Accou
     let carried = parse::inner(skb, packet)?;
     let Some(flow) = ct::find_of(&carried.tuple, scope::SERVICE, Way::Reverse, 0, now) else { return Ok(None) };
     let (addr, port) = (flow.entry().nat_addr, flow.entry().nat_port);
-    let Some(receiver) = endpoint(&addr) else { return Ok(None) };
+    let Some(receiver) = endpoint(&addr) else {
+        if flow.entry().flags & ct_flags::DSR == 0 {
+            return Ok(None);
+        }
+        let node = NODE.get(0).ok_or(Reason::Helper)?;
+        return dsr::send(skb, node, &addr, port).map(Some);
+    };
     account.endpoint = receiver.id;
     rewrite::inner(skb, packet, carried, Side::Source, addr, port)?;
     rewrite::packet(skb, packet, Side::Destination, addr, Port::NONE)?;
