@@ -70,7 +70,12 @@ macro_rules! insist {
                     async move { client.$call(request).await }
                 });
                 tokio::time::sleep(within).await;
-                $world.driver.kill();
+                // With what it runs, or without it.
+                if $world.numbers.below(2) == 0 {
+                    $world.driver.kill_with_helpers();
+                } else {
+                    $world.driver.kill();
+                }
                 $world.kills += 1;
                 let outcome = task.await.unwrap();
                 $world.driver.start();

@@ -105,8 +105,12 @@ impl LogicalVolumes {
         format!("{}/{name}", self.group)
     }
 
+    fn all(&self) -> Result<Vec<Logical>> {
+        self.lvm.volumes(&self.group)
+    }
+
     fn lookup(&self, name: &str) -> Result<Option<Logical>> {
-        Ok(self.lvm.volumes(&self.group)?.into_iter().find(|volume| volume.name == name))
+        Ok(self.all()?.into_iter().find(|volume| volume.name == name))
     }
 
     /// The device of a volume that is active.
@@ -138,9 +142,9 @@ impl LogicalVolumes {
         Ok(Some(device))
     }
 
-    /// The volume, checked, active or not.
-    fn volume(&self, record: &Record) -> Result<Logical> {
-        let found = self.lookup(record.id.as_str())?;
+    /// The volume among these, checked, active or not.
+    fn volume<'a>(&self, all: &'a [Logical], record: &Record) -> Result<&'a Logical> {
+        let found = all.iter().find(|volume| volume.name == record.id.as_str());
         let found =
             found.ok_or_else(|| damaged(&record.id, "logical volume", self.path(record.id.as_str()), "none"))?;
         verify(record, &found.uuid, found.size)?;
@@ -190,9 +194,9 @@ impl LogicalVolumes {
         Error::State { what, expected: "active".into(), found }
     }
 
-    /// Removes a volume with this nonce. `false` when there is none.
-    fn remove(&self, name: &str, nonce: &Nonce, id: &str) -> Result<bool> {
-        let Some(found) = self.lookup(name)? else { return Ok(false) };
+    /// Removes the one of these volumes that has this name and nonce. `false` when there is none.
+    fn remove(&self, all: &[Logical], name: &str, nonce: &Nonce, id: &str) -> Result<bool> {
+        let Some(found) = all.iter().find(|volume| volume.name == name) else { return Ok(false) };
         if !found.tags.contains(&tag(nonce)) {
             let (what, expected) = (format!("the tags of {}", self.path(name)), tag(nonce));
             return Err(Error::State { what, expected, found: found.tags.join(", ") });
@@ -220,7 +224,7 @@ impl LogicalVolumes {
         device.zero(bytes)?;
         drop(device);
         let ranges = self.lvm.ranges(&self.path(&name))?;
-        self.remove(&name, &record.nonce, record.id.as_str())?;
+        self.remove(&self.all()?, &name, &record.nonce, record.id.as_str())?;
         Ok(ranges)
     }
 }
@@ -279,7 +283,7 @@ impl Backend for LogicalVolumes {
 
     fn free(&self) -> Result<u64> {
         let Some(name) = &self.pool else { return Ok(self.lvm.group(&self.group)?.free) };
-        let all = self.lvm.volumes(&self.group)?;
+        let all = self.all()?;
         let pool = all.iter().find(|volume| volume.name == *name && volume.is_pool);
         let Some((pool, (data, metadata))) = pool.and_then(|pool| Some((pool, pool.full?))) else {
             return Err(self.inactive(name));
@@ -302,8 +306,11 @@ impl Backend for LogicalVolumes {
         let name = new.id.as_str();
         let of = match origin {
             None => None,
-            Some(Origin::Snapshot(snapshot)) => Some(self.picture(snapshot)?),
-            Some(Origin::Volume(record)) => Some(self.volume(record)?),
+            Some(Origin::Snapshot(snapshot)) => Some((snapshot.id.as_str(), self.picture(snapshot)?.size)),
+            Some(Origin::Volume(record)) => {
+                self.check(record)?;
+                Some((record.id.as_str(), record.size))
+            }
         };
         match of {
             None => {
@@ -315,9 +322,9 @@ impl Backend for LogicalVolumes {
                     _ => device.zero(HEAD)?,
                 }
             }
-            Some(of) => {
-                self.share(name, &of.name, new.nonce, &[&["--permission", "rw"][..], &ACTIVE].concat())?;
-                if of.size < new.size {
+            Some((of, size)) => {
+                self.share(name, of, new.nonce, &[&["--permission", "rw"][..], &ACTIVE].concat())?;
+                if size < new.size {
                     let size = format!("{}b", new.size);
                     self.lvm.run("lvextend", &["--size", &size, "--", &self.path(name)])?;
                 }
@@ -328,22 +335,23 @@ impl Backend for LogicalVolumes {
     }
 
     fn erase(&self, id: &VolumeId, nonce: &Nonce) -> Result<bool> {
-        let room = self.remove(&room(id), nonce, id.as_str())?;
-        Ok(self.remove(id.as_str(), nonce, id.as_str())? || room)
+        let all = self.all()?;
+        let room = self.remove(&all, &room(id), nonce, id.as_str())?;
+        Ok(self.remove(&all, id.as_str(), nonce, id.as_str())? || room)
     }
 
     fn check(&self, record: &Record) -> Result<()> {
         match self.mapped(record.id.as_str())? {
             Some(_) => self.active(record, false).map(drop),
-            None => self.volume(record).map(drop),
+            None => self.volume(&self.all()?, record).map(drop),
         }
     }
 
     fn lock(&self, record: &Record) -> Result<Box<dyn Locked>> {
         if self.mapped(record.id.as_str())?.is_none() {
-            let volume = self.volume(record)?;
+            self.check(record)?;
             let fixed = ["--activate", "y", "--ignoreactivationskip", "--"];
-            self.lvm.run("lvchange", &[&fixed[..], &[&self.path(&volume.name)]].concat())?;
+            self.lvm.run("lvchange", &[&fixed[..], &[&self.path(record.id.as_str())]].concat())?;
         }
         let device = self.active(record, false)?.ok_or_else(|| self.inactive(record.id.as_str()))?;
         device.lock(&record.id)?;
@@ -364,9 +372,10 @@ impl Backend for LogicalVolumes {
 
     fn resize(&self, record: &Record, to: u64) -> Result<()> {
         let _giving = self.giving.lock().unwrap_or_else(PoisonError::into_inner);
-        let (volume, name) = (self.volume(record)?, self.path(record.id.as_str()));
+        let (all, name) = (self.all()?, self.path(record.id.as_str()));
+        let volume = self.volume(&all, record)?;
         // Of a growth that was cut short.
-        self.remove(&room(&record.id), &record.nonce, record.id.as_str())?;
+        self.remove(&all, &room(&record.id), &record.nonce, record.id.as_str())?;
         if volume.size > to {
             return Err(unsupported(self.kind(), "shrink", "what has been seen may have been written to"));
         }
@@ -395,15 +404,15 @@ impl Backend for LogicalVolumes {
         if self.pool.is_none() {
             return Err(unsupported(self.kind(), "snapshot", "lvm-thin can"));
         }
-        let of = self.volume(record)?;
-        self.share(id.as_str(), &of.name, nonce, &["--permission", "r", "--setactivationskip", "y"])?;
+        self.check(record)?;
+        self.share(id.as_str(), record.id.as_str(), nonce, &["--permission", "r", "--setactivationskip", "y"])?;
         let made = self.lookup(id.as_str())?;
         made.map(|made| number(&made.uuid))
             .ok_or_else(|| damaged(&record.id, "snapshot", self.path(id.as_str()), "none"))
     }
 
     fn erase_snapshot(&self, id: &SnapshotId, nonce: &Nonce) -> Result<bool> {
-        self.remove(id.as_str(), nonce, id.as_str())
+        self.remove(&self.all()?, id.as_str(), nonce, id.as_str())
     }
 
     fn check_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
@@ -419,7 +428,7 @@ impl Backend for LogicalVolumes {
     }
 
     fn names(&self) -> Result<Vec<String>> {
-        let mut all = self.lvm.volumes(&self.group)?;
+        let mut all = self.all()?;
         all.retain(|volume| volume.pool == self.pool && volume.tags.iter().any(|tag| tag == OURS));
         Ok(all.into_iter().map(|volume| volume.name).collect())
     }

@@ -75,7 +75,11 @@ impl Lvm {
     /// [`Error::Io`].
     pub fn new(devices: &[PathBuf], state_dir: &Path) -> Result<Self> {
         let this = Self { fixed: fixed(devices), lock: state_dir.join("lvm") };
-        flock(&this.lock_file()?, FlockOperation::LockExclusive).context(|| "wait for LVM's commands to end")?;
+        let lock = this.lock_file()?;
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            tracing::warn!("waiting for LVM's commands of an earlier driver to end");
+            flock(&lock, FlockOperation::LockExclusive).context(|| "wait for LVM's commands to end")?;
+        }
         Ok(this)
     }
 

@@ -203,6 +203,24 @@ impl Driver {
         }
     }
 
+    /// kill -9 of the driver together with the programs that it runs, as the end of its container does it.
+    pub fn kill_with_helpers(&mut self) {
+        let Some(pid) = self.pid() else { return };
+        // Stopped, it starts no more of them.
+        let _ = Command::new("kill").args(["-STOP", &pid.to_string()]).status();
+        for process in list(Path::new("/proc")) {
+            let stat = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
+            // PID (NAME) STATE PARENT ...
+            let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1));
+            if parent == Some(&pid.to_string())
+                && let Some(child) = process.file_name().and_then(|name| name.to_str())
+            {
+                let _ = Command::new("kill").args(["-KILL", child]).status();
+            }
+        }
+        self.kill();
+    }
+
     /// Forgets a child that somebody else killed and waited for.
     pub fn lost(&mut self) {
         if let Some(mut child) = self.child.take() {

@@ -21,10 +21,12 @@ const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const IMAGE_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// An emulated CPU is some twenty times slower than a real one, and CI's machines are busy.
 const BOOT_LIMIT: Duration = Duration::from_secs(10 * 60);
+/// Of the guest for volumes, which runs LVM's programs some two thousand times.
+const STORAGE_LIMIT: Duration = Duration::from_secs(15 * 60);
 /// The program that asks the guest's verifier about every BPF program.
 const LOAD: &str = "keelway-kernel-load";
 /// Tests of the CSI driver that run in the guest for volumes.
-const STORAGE_TESTS: &[&str] = &["lvm", "random", "sanity", "snapshots", "trees"];
+const STORAGE_TESTS: &[&str] = &["crash", "lvm", "random", "sanity", "snapshots", "trees"];
 /// What the driver and its tests run there.
 const STORAGE_PROGRAMS: &[&str] = &[
     "/usr/sbin/lvm",
@@ -192,7 +194,7 @@ fn boot(guest: &Guest<'_>, work: &Path) -> anyhow::Result<Row> {
     }
     qemu.extend(["-append", &append]);
     let log = Path::new("target/report").join(format!("kernel-{}.log", guest.plan.unwrap_or(guest.series)));
-    let outcome = runner::run(&what, &qemu, &log, BOOT_LIMIT)?;
+    let outcome = runner::run(&what, &qemu, &log, if guest.plan.is_some() { STORAGE_LIMIT } else { BOOT_LIMIT })?;
     let results = tap::read(&outcome.output);
     if !results.failed.is_empty() {
         println!("{}", runner::tail(&outcome.output, 60));

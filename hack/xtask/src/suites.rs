@@ -144,7 +144,7 @@ const SUITES: &[Suite] = &[
         command: &["cargo", "xtask", "kernels"],
         judge: Judge::Rows,
         needs: &[("qemu-system-x86_64", "kernels"), ("go", "cluster")],
-        limit: minutes(30),
+        limit: minutes(45),
     },
 ];
 
