@@ -184,7 +184,8 @@ impl Record {
             parameters,
             inode,
             nonce,
-            state: State::Blank,
+            // In a part of the host's filesystem there is none to be made.
+            state: if content == Content::Tree { State::Formatted } else { State::Blank },
             source: None,
             growing: None,
             filled: None,
