@@ -70,7 +70,16 @@ struct Place(PathBuf);
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let _ = sh::run(&["umount", &self.path("btrfs")]);
+        // Of a part that failed, too: the latest mount first, then what was under it.
+        let ours = |text: &str| text.contains(&*self.0.to_string_lossy());
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        for target in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)).filter(|target| ours(target)) {
+            let _ = sh::run(&["umount", "--lazy", target]);
+        }
+        let loops = sh::run(&["losetup", "--list", "--noheadings", "--output=NAME,BACK-FILE"]).unwrap_or_default();
+        for device in loops.lines().filter(|line| ours(line)).filter_map(|line| line.split_whitespace().next()) {
+            let _ = sh::run(&["losetup", "--detach", device]);
+        }
         let _ = fs::remove_dir_all(&self.0);
     }
 }
