@@ -181,14 +181,22 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
 /// Loads the programs. The kernel takes about a second to check them, in which the source may already speak: what it says by then is
 /// answered too.
-async fn open_datapath(config: &Config, events: &mut mpsc::Receiver<Event>) -> anyhow::Result<(Datapath, Vec<Event>)> {
+async fn open_datapath(
+    config: &Config,
+    events: &mut mpsc::Receiver<Event>,
+) -> anyhow::Result<(Datapath, Vec<Vec<Event>>)> {
     let bpffs = config.bpffs.clone();
     let mut opening = tokio::task::spawn_blocking(move || Datapath::open(&bpffs));
+    // In pieces, each of which is given back once it is taken.
     let mut early = Vec::new();
     loop {
+        let mut piece = Vec::new();
         tokio::select! {
             opened = &mut opening => return Ok((opened??, early)),
-            Some(event) = events.recv() => early.push(event),
+            1.. = events.recv_many(&mut piece, CHANNEL_CAPACITY) => {
+                piece.shrink_to_fit();
+                early.push(piece);
+            }
         }
     }
 }

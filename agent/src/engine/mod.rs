@@ -220,7 +220,7 @@ pub struct Engine {
 /// The channels that the engine is made with.
 pub struct Wiring {
     /// What the source said before the engine could be made.
-    pub early: Vec<Event>,
+    pub early: Vec<Vec<Event>>,
     /// Desired state.
     pub events: mpsc::Receiver<Event>,
     /// The devices, when the host's side is ready.
@@ -306,11 +306,11 @@ impl Engine {
 
     async fn run(
         mut self,
-        early: Vec<Event>,
+        early: Vec<Vec<Event>>,
         mut events: mpsc::Receiver<Event>,
         mut commands: mpsc::Receiver<Command>,
     ) {
-        for event in early {
+        for event in early.into_iter().flatten() {
             self.event(event);
         }
         self.update();
