@@ -26,7 +26,14 @@ pub struct Account {
 
 impl Account {
     pub const fn new(hook: Hook) -> Self {
-        Self { hook, endpoint: 0, peer: 0, client: Client::Outside, dialled: (Addr::UNSPECIFIED, Port::NONE), dsr: false }
+        Self {
+            hook,
+            endpoint: 0,
+            peer: 0,
+            client: Client::Outside,
+            dialled: (Addr::UNSPECIFIED, Port::NONE),
+            dsr: false,
+        }
     }
 }
 
