@@ -166,10 +166,11 @@ mod tests {
     fn a_page_shows_everything_in_columns() {
         let page = table(&status(), &volumes());
         for line in [
-            "Agent       0.1.0 (layout 1), up 1h 1m",
-            "Pod CIDRs   10.244.1.0/24, fd00::/64",
-            "Services    3 (6 frontends, 9 backends)",
-            "Volumes     1 (64 MiB)",
+            "Agent           0.1.0 (layout 1), up 1h 1m",
+            "Pod CIDRs       10.244.1.0/24, fd00::/64",
+            "Load balancing  snat",
+            "Services        3 (6 frontends, 9 backends)",
+            "Volumes         1 (64 MiB)",
             "  vol-1  67108864",
             "  HOOK             AT              BY    PROGRAM  LINK  ATTACHED",
             "  cgroup-connect4  /sys/fs/cgroup  link       70     7  yes",

@@ -61,6 +61,6 @@ async fn the_answer_comes_as_a_table_or_as_json_and_the_exit_status_tells() {
         assert_eq!((&value["node"], &value["synced"]), (&"n1".into(), &synced.into()));
         let table = tokio::task::spawn_blocking(move || keelway(&socket, &["status"])).await.unwrap();
         let text = String::from_utf8(table.stdout).unwrap();
-        assert!(text.contains("Node        n1\n"), "{text}");
+        assert!(text.contains("Node            n1\n"), "{text}");
     }
 }
