@@ -1,6 +1,7 @@
 //! `keelway services` and `keelway endpoints`: what is programmed on a node, with connections that are really there.
 use std::time::Duration;
 
+use anyhow::Context as _;
 use keelway_lab::Host;
 use keelway_lab::services::Backend;
 use keelway_lab::sh::{self, wait_for};
@@ -36,7 +37,9 @@ fn what_is_programmed_is_listed_with_its_backends_and_their_connections() {
     let both = [Backend::pod(&s, &a), Backend::pod(&s, &b)];
     s.put_service("web", &spec, &json!({}), &both).unwrap();
     wait_for("the Service to be listed", Duration::from_secs(20), || {
-        let found = listed(&["services", "web", "-o", "json"]);
+        // Until the agent has read its file there is no such Service to show.
+        let answer = ask(&["services", "web", "-o", "json"]);
+        let found: Value = serde_json::from_slice(&answer.stdout).with_context(|| format!("{answer:?}"))?;
         anyhow::ensure!(found["services"][0]["frontends"].as_array().is_some_and(|all| all.len() == 6), "{found}");
         Ok(())
     })

@@ -17,7 +17,8 @@ const METRICS: &str = "127.0.0.1:10249";
 /// `lb`: one endpoint here, health check on 32100. `taken`: its health check's port is somebody's. `a`, `b`: one address. `far`:
 /// Local, and its endpoint is elsewhere.
 fn services(node: &str, here: &str) -> String {
-    let now = sh::run(&["date", "-u", "+%FT%TZ"]).unwrap();
+    // As exact as the API server's own: in whole seconds a change after somebody's start may seem to be of before it.
+    let now = sh::run(&["date", "-u", "+%FT%T.%NZ"]).unwrap();
     let now = now.trim();
     let balancer = |name: &str, port: u16| {
         format!(
