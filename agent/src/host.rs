@@ -107,7 +107,7 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
     }
     remember_cidrs(&config.state_dir, &node.pod_cidrs)?;
     for cidr in &node.pod_cidrs {
-        host.replace_unreachable(cidr.trunc()).await?;
+        host.ensure_unreachable(cidr.trunc()).await?;
     }
     let node_devices = links.iter().map(|link| link.name.clone()).collect();
     let node_ports = node_port_addresses(&config.nodeport_addresses, node, &pool, &own);

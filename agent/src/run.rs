@@ -87,7 +87,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     let (node_tx, node) = watch::channel(None);
     let (devices_tx, devices) = watch::channel(None);
-    let (routes_tx, routes) = watch::channel(HostRoutes::new());
+    let (routes_tx, routes) = watch::channel(None);
     let settings = Settings {
         node_name: config.node_name.clone(),
         state_dir: config.state_dir.clone(),
@@ -349,7 +349,7 @@ struct HostTask {
     config: Config,
     netlink: Netlink,
     node: watch::Receiver<Option<Node>>,
-    routes: watch::Receiver<HostRoutes>,
+    routes: watch::Receiver<Option<HostRoutes>>,
     devices: watch::Sender<Option<Devices>>,
     network: watch::Sender<Option<HostNetwork>>,
     problem: watch::Sender<String>,
@@ -400,7 +400,10 @@ impl HostTask {
             *now = devices;
             changed
         });
-        host::sync_routes(&network, &routes, &self.netlink).await?;
+        // Until the nodes are known the routes of the agent before stay: traffic is on them.
+        if let Some(routes) = routes {
+            host::sync_routes(&network, &routes, &self.netlink).await?;
+        }
         Ok(())
     }
 }

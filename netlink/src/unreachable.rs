@@ -3,7 +3,8 @@
 use ipnet::IpNet;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType};
-use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use nix::errno::Errno;
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 
 use crate::addr::family;
 use crate::link::absent_is_false;
@@ -14,13 +15,16 @@ use crate::{Handle, Result};
 const METRIC: u32 = u32::MAX;
 
 impl Handle {
-    /// Packets to `to` that no longer prefix takes are answered with "host unreachable".
+    /// Packets to `to` that no longer prefix takes are answered with "host unreachable". One that is there already is left alone.
     ///
     /// # Errors
     /// The kernel's.
-    pub async fn replace_unreachable(&self, to: IpNet) -> Result<()> {
+    pub async fn ensure_unreachable(&self, to: IpNet) -> Result<()> {
         let request = RouteNetlinkMessage::NewRoute(message(to));
-        self.execute(request, NLM_F_CREATE | NLM_F_REPLACE, || format!("replace unreachable route {to}")).await
+        match self.execute(request, NLM_F_CREATE | NLM_F_EXCL, || format!("add unreachable route {to}")).await {
+            Err(error) if error.errno() == Some(Errno::EEXIST) => Ok(()),
+            other => other,
+        }
     }
 
     /// Takes that back; answers whether it was there.

@@ -189,7 +189,7 @@ pub struct Engine {
     settings: Settings,
     datapath: Datapath,
     devices: watch::Receiver<Option<Devices>>,
-    host_routes: watch::Sender<HostRoutes>,
+    host_routes: watch::Sender<Option<HostRoutes>>,
     synced_tx: watch::Sender<bool>,
     node_tx: watch::Sender<Option<Node>>,
     source: Status,
@@ -227,8 +227,8 @@ pub struct Wiring {
     pub devices: watch::Receiver<Option<Devices>>,
     /// Receives this node's object.
     pub node: watch::Sender<Option<Node>>,
-    /// Receives the routes that the host should have.
-    pub host_routes: watch::Sender<HostRoutes>,
+    /// Receives the routes that the host should have, once all nodes are known.
+    pub host_routes: watch::Sender<Option<HostRoutes>>,
     /// The source's own state.
     pub source: Status,
     /// What the sweep of flows counts.

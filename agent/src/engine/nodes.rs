@@ -121,6 +121,7 @@ impl Engine {
             tables.tunnels.delete(key).map_err(kernel)?;
         }
         self.tunnels = Some(wanted.len());
+        let routes = Some(routes);
         self.host_routes.send_if_modified(|now| {
             let changed = *now != routes;
             *now = routes;

@@ -45,6 +45,28 @@ pub fn read(output: &str) -> Counts {
     counts
 }
 
+/// What the failed tests said, without the call stacks; the last lines, when that is nothing.
+pub fn failures(output: &str) -> String {
+    const LINES: usize = 40;
+    let (mut found, mut failed, mut stack) = (Vec::new(), false, false);
+    for line in output.lines() {
+        match line {
+            "failures:" => failed = true,
+            "stack backtrace:" => stack = true,
+            _ if line.starts_with("test result: ") => failed = false,
+            _ if line.starts_with("note: Some details are omitted") => stack = false,
+            // Names without what was said are the list that closes a binary's output.
+            _ if failed && !stack && !line.is_empty() && !line.starts_with("    ") => found.push(line),
+            _ => {}
+        }
+    }
+    if found.is_empty() {
+        crate::runner::tail(output, LINES)
+    } else {
+        crate::runner::tail(&found.join("\n"), 2 * LINES)
+    }
+}
+
 /// Counts upstream's CSI specs by the lines `csi-sanity NAME: P passed, F failed, S not advertised` that the tests print;
 /// a spec about what the driver does not advertise is named on an indented line that follows.
 pub fn read_sanity(output: &str) -> Counts {
@@ -112,6 +134,36 @@ test result: ok. 2 passed; 0 failed; 0 ignored
         let counts = read(output);
         assert_eq!((counts.passed, counts.failed), (1, 0));
         assert_eq!(counts.skipped, ["e2e: no containerd"]);
+    }
+
+    #[test]
+    fn what_failed_tests_said_is_told_without_their_stacks() {
+        let output = "\
+running 2 tests
+successes:
+---- good stdout ----
+much
+failures:
+
+---- bad stdout ----
+thread 'bad' panicked at a.rs:1:1:
+left: 1
+stack backtrace:
+   0: main
+note: Some details are omitted, run with
+---- worse stdout ----
+no
+
+failures:
+    bad
+    worse
+
+test result: FAILED. 1 passed; 2 failed
+running 1 test
+";
+        let expected = "---- bad stdout ----\nthread 'bad' panicked at a.rs:1:1:\nleft: 1\n---- worse stdout ----\nno";
+        assert_eq!(failures(output), expected);
+        assert_eq!(failures("error: it does not compile"), "error: it does not compile");
     }
 
     #[test]

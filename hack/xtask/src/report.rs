@@ -80,20 +80,20 @@ impl Report {
         std::fs::write(&path, text).with_context(|| path.display().to_string())
     }
 
-    /// The table and the closing line, as a person reads them.
+    /// What was skipped, the table and the closing line, as a person reads them.
     pub fn table(&self) -> String {
         let width = self.rows.iter().map(|row| row.what.len()).max().unwrap_or(0).max("suite".len());
-        let mut out =
-            format!("{:width$}  {:>6}  {:>6}  {:>7}  {:>7}\n", "suite", "passed", "failed", "skipped", "seconds");
-        for row in &self.rows {
-            let (failed, skipped) = (row.failed(), row.skipped.len());
-            out += &format!("{:width$}  {:>6}  {failed:>6}  {skipped:>7}  {:>7.1}\n", row.what, row.ours, row.seconds);
-        }
+        let mut out = String::new();
         for row in &self.rows {
             for (reason, count) in grouped(&row.skipped) {
                 let times = if count > 1 { format!("{count} times: ") } else { String::new() };
                 out += &format!("skipped: {}: {times}{reason}\n", row.what);
             }
+        }
+        out += &format!("\n{:width$}  {:>6}  {:>6}  {:>7}  {:>7}\n", "suite", "passed", "failed", "skipped", "seconds");
+        for row in &self.rows {
+            let (failed, skipped) = (row.failed(), row.skipped.len());
+            out += &format!("{:width$}  {:>6}  {failed:>6}  {skipped:>7}  {:>7.1}\n", row.what, row.ours, row.seconds);
         }
         let passed: usize = self.rows.iter().map(|row| row.ours).sum();
         let failed: usize = self.rows.iter().map(Row::failed).sum();

@@ -156,36 +156,38 @@ pub fn run(names: &[String]) -> anyhow::Result<bool> {
             bail!("no suite {name:?}; there are: {}", known.join(", "));
         }
     }
-    let mut rows = Vec::new();
+    let (mut rows, mut failures) = (Vec::new(), String::new());
     for suite in SUITES.iter().filter(|suite| names.is_empty() || names.iter().any(|name| name == suite.name)) {
-        rows.push(suite.run()?);
+        let (row, said) = suite.run()?;
+        rows.push(row);
+        failures += &said;
     }
     let report = Report { name: "test".to_owned(), command: "make test".to_owned(), rows };
     report.write()?;
-    println!("\n{}", report.table());
+    // What failed last of all: of a long log the end is what people see.
+    println!("\n{}{failures}", report.table());
     Ok(report.passed())
 }
 
 impl Suite {
-    fn run(&self) -> anyhow::Result<Row> {
+    /// Its row, and what is to be told of its failures.
+    fn run(&self) -> anyhow::Result<(Row, String)> {
         if let Some((program, part)) = self.needs.iter().find(|(program, _)| !is_installed(program)) {
             let reason = format!("{program} is not installed: hack/setup {part}");
             println!("==> {}: skipped: {reason}", self.name);
-            return Ok(Row::new(self.name, 0, 0, vec![reason], 0.0));
+            return Ok((Row::new(self.name, 0, 0, vec![reason], 0.0), String::new()));
         }
         println!("==> {}: {}", self.name, self.command.join(" "));
         let log = Path::new("target/report").join(format!("{}.log", self.name.replace(' ', "-")));
         let outcome = runner::run(self.name, self.command, &log, self.limit)?;
         let row = self.judge(&outcome);
-        if row.failed() > 0 {
-            println!(
-                "{}\n    {}: failed, all of it is in {}",
-                runner::tail(&outcome.output, 60),
-                self.name,
-                log.display()
-            );
+        if row.failed() == 0 {
+            return Ok((row, String::new()));
         }
-        Ok(row)
+        let said = libtest::failures(&outcome.output);
+        let said = format!("\n{said}\n    {}: failed, all of it is in {}\n", self.name, log.display());
+        println!("{said}");
+        Ok((row, said))
     }
 
     fn judge(&self, outcome: &Outcome) -> Row {

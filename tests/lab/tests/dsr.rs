@@ -152,8 +152,9 @@ fn every_mode(routing: &'static str) {
         modes.set("dsr");
         before.into_iter().chain(after).map(|flow| flow.join().unwrap()).collect::<Vec<_>>()
     });
-    for flow in flows {
-        assert_eq!((flow.lost(), flow.failures.len()), (0, 0), "{flow:?}");
+    for (number, flow) in flows.iter().enumerate() {
+        let drops = || [1, 2].map(|number| s.status(number).unwrap()["drops"].to_string());
+        assert_eq!((flow.lost(), flow.failures.len()), (0, 0), "flow {number}: {flow:?}\n{:?}", drops());
     }
     everywhere(s, |_| true);
     another_backend(s, [&c, &d]);

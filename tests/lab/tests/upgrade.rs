@@ -14,12 +14,15 @@ use keelway_lab::standalone::{self, Pod, Standalone};
 use nix::sys::signal::Signal;
 
 macro_rules! standalone_or_skip {
-    ($nodes:expr) => {{
+    ($nodes:expr) => {
+        standalone_or_skip!($nodes, &[])
+    };
+    ($nodes:expr, $args:expr) => {{
         if let Some(reason) = standalone::missing() {
             println!("skipped: {reason}");
             return;
         }
-        Standalone::new($nodes, &[]).unwrap()
+        Standalone::new($nodes, $args).unwrap()
     }};
 }
 
@@ -102,6 +105,36 @@ fn another_build_takes_over_from_a_killed_one_and_back_and_nobody_notices() {
     for (before, node) in before.into_iter().zip([1, 2]) {
         assert_eq!(tables(&s, node), before);
     }
+}
+
+/// Kills the agent and starts it again: what is right in the host's network stays as it is, so that nothing on it is lost.
+fn a_restart_touches_nothing(args: &[&str]) {
+    let s = standalone_or_skip!(2, args);
+    let _pod = s.pod(1, "a", &[]).unwrap();
+    let monitor = s.node(1).spawn("monitor", &["ip", "-ts", "monitor", "link", "address", "route", "rule"]).unwrap();
+    thread::sleep(Duration::from_millis(300));
+    // Seen it has to be: a monitor that hears nothing proves nothing.
+    s.node(1).run(&["ip", "route", "add", "198.51.100.0/24", "via", &s.lab.outside.v4.to_string()]).unwrap();
+    wait_for("the monitor", Duration::from_secs(5), || {
+        ensure!(monitor.output().contains("198.51.100.0/24"), "{}", monitor.output());
+        Ok(())
+    })
+    .unwrap();
+    let before = monitor.output().len();
+    replace(&s, 1, Signal::SIGKILL, &sh::own("keelway-agent").unwrap()).unwrap();
+    thread::sleep(Duration::from_secs(1));
+    let heard = monitor.output()[before..].to_owned();
+    assert!(!heard.contains("Deleted") && !heard.contains(" via ") && !heard.contains("unreachable"), "{heard}");
+}
+
+#[test]
+fn a_restart_touches_no_route_of_the_tunnels() {
+    a_restart_touches_nothing(&[]);
+}
+
+#[test]
+fn a_restart_touches_no_route_between_nodes() {
+    a_restart_touches_nothing(&["--routing", "routed"]);
 }
 
 #[test]
