@@ -10,7 +10,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::engine::{Command, Handle, Progress, Versions, progress};
+use crate::engine::{Command, Handle, Known, Progress, progress};
 use crate::http::Metrics;
 use crate::source::kube::{ListError, PolicyLister};
 
@@ -77,7 +77,7 @@ impl Gate {
         }
     }
 
-    async fn known(&self, namespace: &str) -> Option<Versions> {
+    async fn known(&self, namespace: &str) -> Option<Known> {
         let namespace = namespace.to_owned();
         self.engine.ask(|reply| Command::KnownPolicies { namespace, reply }).await
     }

@@ -41,7 +41,7 @@ use crate::source::{Event, Kind, Node, Object, Status};
 use crate::sweep::Flows;
 
 pub use endpoints::Attached;
-pub use gate::{Progress, Versions, progress};
+pub use gate::{Known, Progress, Versions, progress};
 pub use listing::{ListedFrontend, ListedService, Selection};
 pub use nodes::HostRoutes;
 pub use services::{ServiceTables, Services};
@@ -77,7 +77,7 @@ pub enum Command {
         /// Which namespace.
         namespace: String,
         /// Receives them.
-        reply: oneshot::Sender<Versions>,
+        reply: oneshot::Sender<Known>,
     },
     /// Answers once the policies of a namespace are in the tables as listed, or have changed otherwise. Dropping the receiver
     /// gives up.
@@ -85,7 +85,7 @@ pub enum Command {
         /// Which namespace.
         namespace: String,
         /// What [`Command::KnownPolicies`] answered before the list was made.
-        before: Versions,
+        before: Known,
         /// The list.
         listed: Versions,
         /// Never receives [`Progress::Behind`].
@@ -548,7 +548,7 @@ impl Engine {
                 self.answer_waiting();
             }
             Command::KnownPolicies { namespace, reply } => {
-                let _ = reply.send(self.gate.known(&namespace));
+                let _ = reply.send(self.gate.known(&namespace).clone());
             }
             Command::AwaitPolicies { namespace, before, listed, reply } => {
                 self.gate.wait(namespace, before, listed, reply);
