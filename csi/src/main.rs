@@ -1,6 +1,8 @@
 //! `keelway-csi`: flags, and the order in which things start and stop.
 #![forbid(unsafe_code)]
 
+mod labels;
+
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,7 +31,7 @@ use tonic::transport::Server;
 
 /// Keelway's CSI driver: volumes of the node's own disk for pods.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, after_help = "`keelway-csi label-snapshots --help`: what runs beside csi-snapshotter.")]
 struct Flags {
     /// Which services to serve
     #[arg(long, value_enum, default_value = "all")]
@@ -118,14 +120,18 @@ fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let flags = Flags::parse();
+    let label = std::env::args_os().nth(1).is_some_and(|first| first == labels::COMMAND);
+    let flags = (!label).then(Flags::parse);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(BLOCKING_THREADS)
         .enable_all()
         .build()
         .context("start the runtime")?;
-    runtime.block_on(run(flags))
+    match flags {
+        Some(flags) => runtime.block_on(run(flags)),
+        None => runtime.block_on(labels::run()),
+    }
 }
 
 async fn run(flags: Flags) -> anyhow::Result<()> {

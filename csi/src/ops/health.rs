@@ -46,7 +46,7 @@ impl Volumes {
     fn look(&self, record: &Record) -> Result<Vec<Finding>> {
         let backend = self.backend_of(record)?;
         backend.check(record)?;
-        let mut findings = Vec::new();
+        let mut findings = Vec::from_iter(self.starving(record)?);
         let Some(device) = backend.attached(record)? else { return Ok(findings) };
         let errors = device.errors();
         if errors > 0 {
@@ -67,6 +67,26 @@ impl Volumes {
             }
         }
         Ok(findings)
+    }
+
+    /// That the store below has less left than what the volume was promised of it: somebody else filled it. What has all its
+    /// blocks for itself does not mind.
+    fn starving(&self, record: &Record) -> Result<Option<Finding>> {
+        let backend = self.backend_of(record)?;
+        if record.parameters.unenforced {
+            // Nobody knows how much of its size such a directory has taken.
+            return Ok(None);
+        }
+        let mut needed = backend.outstanding(record)?;
+        for snapshot in self.snapshots.all().iter().filter(|snapshot| snapshot.volume == record.id) {
+            needed += backend.outstanding_of(snapshot)?;
+        }
+        if needed == 0 {
+            return Ok(None);
+        }
+        let free = backend.free()?;
+        let message = format!("it may still write {needed} bytes anew, and the storage below has {free}");
+        Ok((needed > free).then_some(Finding { severity: Severity::Degraded, reason: "StorageFull", message }))
     }
 
     /// What is wrong with the storage below the volumes.

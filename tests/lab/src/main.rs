@@ -237,6 +237,7 @@ fn cluster(id: &str, command: ClusterCommand) -> Result<i32> {
             cluster::demo::ready(&cluster)?;
             cluster::install::coredns(&cluster)?;
             if storage {
+                cluster::install::limit_volumes(&cluster, storage::MAX_VOLUMES)?;
                 cluster::install::snapshots(&cluster)?;
             }
         }

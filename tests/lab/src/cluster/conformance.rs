@@ -100,7 +100,8 @@ pub fn report(name: &str, command: &str, outcome: &Outcome) -> Result<bool> {
     }
     let dir = programs::root().join("target/report");
     fs::create_dir_all(&dir)?;
-    let report = json!({"name": name, "command": command, "rows": rows, "failed": failed, "skipped": skipped});
+    let passing: Vec<&String> = outcome.iter().filter(|(_, fate)| fate.passed()).map(|(spec, _)| spec).collect();
+    let report = json!({"name": name, "command": command, "rows": rows, "passed": passing, "failed": failed, "skipped": skipped});
     fs::write(dir.join(format!("{name}.json")), serde_json::to_vec_pretty(&report)?)?;
     for (group, (ours, goal)) in &groups {
         println!("{ours:>4} of {goal:<4} {group}");

@@ -39,6 +39,14 @@ pub fn pools(cluster: &Cluster) -> Result<()> {
     })
 }
 
+/// Has each node's driver say that its pods may use this many volumes. After [`keelway`].
+pub fn limit_volumes(cluster: &Cluster, volumes: u32) -> Result<()> {
+    let path = "/spec/template/spec/containers/0/args/-";
+    let patch = format!(r#"[{{"op": "add", "path": "{path}", "value": "--max-volumes={volumes}"}}]"#);
+    cluster.kubectl(&["-n", "kube-system", "patch", "daemonset/keelway-csi", "--type=json", "-p", &patch])?;
+    cluster.kubectl(&["-n", "kube-system", "rollout", "status", "daemonset/keelway-csi", "--timeout=120s"]).map(drop)
+}
+
 /// Applies upstream's snapshot definitions, its snapshot-controller and our csi-snapshotter, and waits for both.
 pub fn snapshots(cluster: &Cluster) -> Result<()> {
     cluster.apply_kustomization(&programs::snapshot_definitions()?)?;
