@@ -46,9 +46,11 @@ impl Claims {
         self.one_pod_alone()?;
         self.expand_in_use()?;
         self.snapshot_and_restore()?;
+        self.a_content_made_by_hand()?;
         self.clone_a_claim()?;
         self.another_driver_object()?;
         self.another_pod()?;
+        self.while_the_kubelet_is_away()?;
         self.nothing_is_left()
     }
 
@@ -164,6 +166,32 @@ impl Claims {
         self.read_back("restored", from, "before")
     }
 
+    /// A content that names a snapshot and no node is had by the node that has the snapshot, out of two.
+    fn a_content_made_by_hand(&self) -> Result<()> {
+        let content = self.path("volumesnapshot/picture", "{.status.boundVolumeSnapshotContentName}")?;
+        let handle = self.path(&format!("volumesnapshotcontent/{content}"), "{.status.snapshotHandle}")?;
+        self.cluster.apply(&format!(
+            "{{apiVersion: snapshot.storage.k8s.io/v1, kind: VolumeSnapshotContent, metadata: {{name: by-hand}}, spec: {{\
+             deletionPolicy: Retain, driver: local.csi.keelway.dev, source: {{snapshotHandle: {handle}}}, \
+             volumeSnapshotRef: {{name: by-hand, namespace: default}}}}}}"
+        ))?;
+        self.cluster.apply(
+            "{apiVersion: snapshot.storage.k8s.io/v1, kind: VolumeSnapshot, metadata: {name: by-hand}, spec: {\
+             source: {volumeSnapshotContentName: by-hand}}}",
+        )?;
+        self.until("volumesnapshot/by-hand", "{.status.readyToUse}", "true")?;
+        let node = self.path(
+            "volumesnapshotcontent/by-hand",
+            r"{.metadata.labels.snapshot\.storage\.kubernetes\.io/managed-by}",
+        )?;
+        let wanted = self.path("pod/db-0", "{.spec.nodeName}")?;
+        ensure!(node == wanted, "{node:?} took a snapshot of {wanted}");
+        self.kubectl(&["delete", "volumesnapshot/by-hand"])?;
+        self.kubectl(&["delete", "volumesnapshotcontent/by-hand"])?;
+        ensure!(self.path("volumesnapshot/picture", "{.status.readyToUse}")? == "true", "the snapshot is gone");
+        Ok(())
+    }
+
     fn clone_a_claim(&self) -> Result<()> {
         self.read_back("cloned", "dataSource: {kind: PersistentVolumeClaim, name: data-db-0},", "after")
     }
@@ -203,6 +231,26 @@ impl Claims {
         self.kubectl(&["rollout", "status", "statefulset/db", "--timeout=180s"])?;
         ensure!(self.shell("db-0", "busybox cat /data/file")? == "after", "the new pod has other data");
         Ok(())
+    }
+
+    /// A pod is gone before its kubelet could unmount its volume, and the next one has the volume all the same.
+    fn while_the_kubelet_is_away(&self) -> Result<()> {
+        let (name, old) = (self.path("pod/db-0", "{.spec.nodeName}")?, self.path("pod/db-0", "{.metadata.uid}")?);
+        let node = self.cluster.lab.nodes().iter().find(|node| node.name == name).context("the pod's node")?;
+        self.cluster.stop_kubelet(node)?;
+        self.kubectl(&["delete", "pod/db-0", "--force", "--grace-period=0"])?;
+        self.cluster.start_kubelet(node)?;
+        wait_for("another pod", LIMIT, || {
+            ensure!(self.path("pod/db-0", "{.metadata.uid}")? != old, "it is the one that was deleted");
+            Ok(())
+        })?;
+        self.kubectl(&["rollout", "status", "statefulset/db", "--timeout=180s"])?;
+        ensure!(self.shell("db-0", "busybox cat /data/file")? == "after", "the new pod has other data");
+        wait_for("the old pod's mount to go", LIMIT, || {
+            let mounts = node.run(&["cat", "/proc/mounts"])?;
+            ensure!(!mounts.contains(&old), "{mounts}");
+            Ok(())
+        })
     }
 
     fn nothing_is_left(&self) -> Result<()> {

@@ -13,6 +13,9 @@ use crate::node::Node;
 /// Where the kubelet reads static pods.
 pub const STATIC_PODS: &str = "/etc/kubernetes/manifests";
 
+/// The kubelet's configuration, in the node's directory.
+const CONFIG: &str = "kubelet.json";
+
 /// Starts containerd, imports the images if they are not on the node's disk yet, and starts the kubelet.
 pub fn start(node: &Node, bin: &Path, pki: &Pki, server: &str, images: &[PathBuf]) -> Result<()> {
     let name = &node.name;
@@ -29,7 +32,6 @@ pub fn start(node: &Node, bin: &Path, pki: &Pki, server: &str, images: &[PathBuf
         &format!("/O=system:nodes/CN=system:node:{name}"),
         &format!("DNS:{name},IP:{},IP:{}", node.v4, node.v6),
     )?;
-    let kubeconfig = pki.kubeconfig(name, server)?;
     let config = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -57,8 +59,14 @@ pub fn start(node: &Node, bin: &Path, pki: &Pki, server: &str, images: &[PathBuf
         "staticPodPath": STATIC_PODS,
     });
     node.run(&["mkdir", "-p", STATIC_PODS])?;
-    let file = node.dir.join("kubelet.json");
-    fs::write(&file, serde_json::to_vec_pretty(&config)?)?;
+    fs::write(node.dir.join(CONFIG), serde_json::to_vec_pretty(&config)?)?;
+    spawn(node, bin, pki, server)
+}
+
+/// Starts the kubelet alone, on a node that was started before.
+pub fn spawn(node: &Node, bin: &Path, pki: &Pki, server: &str) -> Result<()> {
+    let (name, file) = (&node.name, node.dir.join(CONFIG));
+    let kubeconfig = pki.kubeconfig(name, server)?;
     let mut kubelet = Arguments::new(bin.join("kubelet").to_string_lossy().into_owned());
     kubelet.add("config", &file.to_string_lossy()).add("kubeconfig", &kubeconfig.to_string_lossy());
     kubelet.add("hostname-override", name).add("node-ip", &format!("{},{}", node.v4, node.v6));

@@ -82,6 +82,21 @@ impl Cluster {
         kubelet::start(node, &self.bin, &self.pki, &control_plane::server(&self.control_plane), &images)
     }
 
+    /// Ends a node's kubelet and nothing else; its pods go on.
+    pub fn stop_kubelet(&self, node: &Node) -> Result<()> {
+        node.run(&["sh", "-c", "kill $(pidof kubelet)"])?;
+        wait_for("the kubelet to end", Duration::from_secs(20), || {
+            let left = node.run(&["sh", "-c", "pidof kubelet || true"])?;
+            ensure!(left.trim().is_empty(), "it runs as {left}");
+            Ok(())
+        })
+    }
+
+    /// Starts the kubelet that [`Cluster::stop_kubelet`] ended.
+    pub fn start_kubelet(&self, node: &Node) -> Result<()> {
+        kubelet::spawn(node, &self.bin, &self.pki, &self.server())
+    }
+
     /// The API server reaches pods and webhooks, and is no node: it reaches each node's pods through that node.
     pub fn route_pods(&self, node: &Node) -> Result<()> {
         let path = "jsonpath={.spec.podCIDRs[0]} {.spec.podCIDRs[1]}";
