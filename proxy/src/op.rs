@@ -90,6 +90,10 @@ pub mod flags {
     pub const HASHED: u32 = 128;
     /// The client's address is to reach the backend.
     pub const KEEP_SOURCE: u32 = 256;
+    /// Each backend in a slot has a member entry.
+    pub const INDEXED: u32 = 512;
+    /// All of them.
+    pub const ALL: u32 = 2 * INDEXED - 1;
 }
 
 /// Value of a frontend.

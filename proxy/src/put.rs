@@ -61,9 +61,10 @@ impl Tables {
         });
 
         let Fill { slots, written, moved } = self.fill(&old, choice, &ids);
-        let members = if wanted.affinity_seconds > 0 { members(&slots, &old) } else { BTreeMap::new() };
-        let value =
-            Frontend { id, count: slots.len() as u32, affinity_seconds: wanted.affinity_seconds, flags: choice.flags };
+        let indexed = is_indexed(&key, wanted);
+        let members = if indexed { members(&slots, &old) } else { BTreeMap::new() };
+        let flags = if indexed { choice.flags | flags::INDEXED } else { choice.flags };
+        let value = Frontend { id, count: slots.len() as u32, affinity_seconds: wanted.affinity_seconds, flags };
         let state = State { value, slots, members, ranges: wanted.source_ranges.to_vec(), draining, computed: true };
         self.count(&state, &old);
 
@@ -244,6 +245,13 @@ impl Tables {
             ops.push(Op::DeleteBackend { id });
         }
     }
+}
+
+/// Whether it is asked which backends are a frontend's: of those that clients stay with, and of datagrams, of which none says that
+/// it begins a flow.
+pub(crate) fn is_indexed(key: &FrontendKey, wanted: &Wanted) -> bool {
+    const UDP: u8 = 17;
+    wanted.affinity_seconds > 0 || key.proto == UDP
 }
 
 /// Where the index finds each backend: where it did, if that is still right; else where it is and was; else where it is first.

@@ -171,7 +171,7 @@ impl Simulated {
             let frontend = by_id.get(&key.frontend).filter(|f| key.slot < f.count);
             let frontend = frontend.ok_or_else(|| format!("{key:?} belongs to no frontend"))?;
             let member = self.members.get(&(key.frontend, *backend));
-            if member.is_some() != (frontend.affinity_seconds > 0) {
+            if member.is_some() != (frontend.flags & flags::INDEXED != 0) {
                 return Err(format!("{key:?} of {backend} has the member entry {member:?}: {frontend:?}"));
             }
         }

@@ -10,7 +10,7 @@ use crate::ids::Ids;
 use crate::maglev;
 use crate::model::ObjectName;
 use crate::op::{Backend, Frontend, FrontendKey, Op, Origin, flags};
-use crate::put::Phases;
+use crate::put::{Phases, is_indexed};
 use crate::tracker::Change;
 
 /// How many entries each kernel map can hold.
@@ -315,7 +315,7 @@ impl Tables {
                 let had = self.frontends.get(&key);
                 frontends += usize::from(had.is_none());
                 let kept = had.filter(|old| !self.starts_anew(old, choice, target.passes));
-                let members = if wanted.affinity_seconds > 0 { choice.backends.len() } else { 0 };
+                let members = if is_indexed(&key, wanted) { choice.backends.len() } else { 0 };
                 let (old_slots, old_members) = kept.map_or((0, 0), |old| (old.slots.len(), old.members.len()));
                 slots += self.slots_of(choice).saturating_sub(old_slots) + members.saturating_sub(old_members);
                 let old_ranges = kept.map(|old| old.ranges.as_slice()).unwrap_or_default();

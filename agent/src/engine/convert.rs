@@ -38,7 +38,7 @@ pub fn from_frontend_key(key: &layout::FrontendKey) -> proxy::FrontendKey {
 }
 
 /// The bits of either side.
-const FRONTEND_FLAGS: [(u32, u32); 9] = {
+const FRONTEND_FLAGS: [(u32, u32); 10] = {
     use layout::frontend_flags as to;
     use proxy::flags as from;
     [
@@ -51,7 +51,18 @@ const FRONTEND_FLAGS: [(u32, u32); 9] = {
         (from::NODE_PORT, to::NODE_PORT),
         (from::HASHED, to::HASHED),
         (from::KEEP_SOURCE, to::KEEP_SOURCE),
+        (from::INDEXED, to::INDEXED),
     ]
+};
+
+// One that is forgotten here would be lost without a word.
+const _: () = {
+    let (mut all, mut i) = (0, 0);
+    while i < FRONTEND_FLAGS.len() {
+        all |= FRONTEND_FLAGS[i].0;
+        i += 1;
+    }
+    assert!(all == proxy::flags::ALL);
 };
 
 pub fn frontend(frontend: &proxy::Frontend) -> layout::Frontend {

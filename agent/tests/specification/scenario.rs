@@ -312,8 +312,11 @@ impl Runner<'_> {
             self.meets(&open.case, open.client, ACK, wanted).map_err(|error| format!("its data: {error}"))?;
         }
         if proto != SCTP {
-            // It leaves a backend that drains for every frontend of this node, not one that only its own frontend left.
-            let wanted = if drains == Some(false) && is_served { &stays } else { &verdict };
+            // A connection that has not ended leaves a backend that drains for every frontend of this node, not one that only its own
+            // frontend left; datagrams, of which none says that it begins a flow, leave that as well.
+            let serves = matches!(&verdict, Verdict::Forward(forward) if forward.backends.contains(&here));
+            let keeps = if proto == UDP { serves } else { drains == Some(false) };
+            let wanted = if keeps && is_served { &stays } else { &verdict };
             self.meets(&open.case, open.client, AGAIN, wanted).map_err(|error| format!("as a new flow: {error}"))?;
         }
         Ok(())

@@ -79,6 +79,8 @@ pub mod frontend_flags {
     pub const HASHED: u32 = 128;
     /// The client's address is never replaced.
     pub const KEEP_SOURCE: u32 = 256;
+    /// Index entries tell which backends are the frontend's (see [`MEMBER_BIT`](super::MEMBER_BIT)).
+    pub const INDEXED: u32 = 512;
 }
 
 /// Bits of [`Backend::flags`].
@@ -87,7 +89,7 @@ pub mod backend_flags {
     pub const DRAINING: u8 = 1;
 }
 
-/// Bit of [`SlotKey::frontend`] for the index entries of frontends with affinity: the slot is then a backend's id, and the value
+/// Bit of [`SlotKey::frontend`] for the index entries of frontends with affinity or of UDP: the slot is then a backend's id, and the value
 /// the slot that holds it.
 pub const MEMBER_BIT: u32 = 0x8000_0000;
 

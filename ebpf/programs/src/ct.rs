@@ -34,16 +34,10 @@ impl Flow {
         (self.0.flags & ct_flags::TRANSLATED != 0).then_some((self.0.nat_addr, self.0.nat_port))
     }
 
-    /// Whether its ports are free for another: both sides have ended it, or, where there is no end to see, it is quiet. A client's
-    /// port is one socket's, so that one that dials elsewhere is most likely a new one.
+    /// See [`is_over`].
     #[inline(always)]
     pub fn is_over(self, proto: u8, now: u64) -> bool {
-        const CLOSED: u32 = ct_flags::FIN_FORWARD | ct_flags::FIN_REVERSE;
-        const QUIET: u64 = 2 * SECOND;
-        if proto == TCP {
-            return self.0.flags & ct_flags::RESET != 0 || self.0.flags & CLOSED == CLOSED;
-        }
-        now + lifetime(proto, self.0.flags) > self.0.expires + QUIET
+        is_over(self.0, proto, now)
     }
 
     /// Records that the flow was admitted under today's rules.
@@ -82,6 +76,18 @@ impl Flow {
             }
         }
     }
+}
+
+/// Whether a flow's ports are free for another: both sides have ended it, or, where there is no end to see, it is quiet. A client's
+/// port is one socket's, so that one that dials elsewhere is most likely a new one.
+#[inline(always)]
+pub fn is_over(entry: &CtEntry, proto: u8, now: u64) -> bool {
+    const CLOSED: u32 = ct_flags::FIN_FORWARD | ct_flags::FIN_REVERSE;
+    const QUIET: u64 = 2 * SECOND;
+    if proto == TCP {
+        return entry.flags & ct_flags::RESET != 0 || entry.flags & CLOSED == CLOSED;
+    }
+    now + lifetime(proto, entry.flags) > entry.expires + QUIET
 }
 
 /// The value that flows are admitted under, beside their endpoint's generation.
@@ -186,12 +192,19 @@ pub struct Draft {
 /// An empty entry for `tuple` in `scope`. There is one on each CPU: it is to be written before another is asked for.
 #[inline(always)]
 pub fn draft(tuple: &CtKey, scope: u8) -> Result<&'static mut Draft, Reason> {
+    let draft = draft_key(tuple, scope)?;
+    draft.entry = CtEntry::default();
+    Ok(draft)
+}
+
+/// As [`draft`], to look something up: what is in the entry is nobody's.
+#[inline(always)]
+pub fn draft_key(tuple: &CtKey, scope: u8) -> Result<&'static mut Draft, Reason> {
     let draft = DRAFT.get_ptr_mut(0).ok_or(Reason::Helper)?;
     // SAFETY: a per-CPU value, and no two tc programs run on one CPU at a time (softirqs are off around each).
     let draft = unsafe { &mut *draft };
     draft.key = *tuple;
     draft.key.scope = scope;
-    draft.entry = CtEntry::default();
     Ok(draft)
 }
 

@@ -1,8 +1,8 @@
 //! From a Service's address to a backend: the one choice that sockets and packets share.
 
 use keelway_layout::{
-    Addr, Affinity, AffinityKey, Backend, CtKey, From, Frontend, FrontendKey, MEMBER_BIT, Port, Reason, SlotKey,
-    SourceRangeKey, backend_flags, ct_flags, frontend_flags, node_flags, scope,
+    Addr, Affinity, AffinityKey, Backend, CtEntry, CtKey, From, Frontend, FrontendKey, MEMBER_BIT, Port, Reason,
+    SlotKey, SourceRangeKey, backend_flags, ct_flags, frontend_flags, node_flags, scope,
 };
 
 use crate::ct::{self, Flow, Way, lifetime};
@@ -198,7 +198,7 @@ pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcom
     let Some(frontend) = dialled else { return Ok(Outcome::Other) };
     // Before the Service's present state counts: a connection lives on to its end where new ones are no longer let in.
     if let Some(flow) = ct::find_of(tuple, scope::SERVICE, Way::Forward, asked.incarnation, now)
-        && goes_on(packet, flow, &mut asked.backend)
+        && goes_on(packet, frontend, flow, asked, now)
     {
         if flow.entry().flags & ct_flags::STACK != 0 {
             flow.keep(now + if tuple.proto == UDP { STACK_UDP } else { LEASE });
@@ -240,9 +240,9 @@ fn adopting() -> bool {
     NODE.get(0).is_some_and(|node| node.flags & node_flags::ADOPTING != 0)
 }
 
-/// Whether a known flow stays with the backend that it has.
+/// Whether a known flow stays with the backend that it has, which it is then given.
 #[inline(always)]
-fn goes_on(packet: &Packet, flow: Flow, into: &mut (Addr, Port)) -> bool {
+fn goes_on(packet: &Packet, frontend: &Frontend, flow: Flow, asked: &mut Asked, now: u64) -> bool {
     let entry = flow.entry();
     if entry.flags & ct_flags::STACK != 0 && packet.tuple.proto != UDP {
         // Whoever it was given to, its tracking knows; it begins nothing new.
@@ -259,10 +259,24 @@ fn goes_on(packet: &Packet, flow: Flow, into: &mut (Addr, Port)) -> bool {
         // It left the Service altogether. A connection is for its two ends to end; nobody else knows it.
         None => packet.tuple.proto == TCP && !opens,
     };
-    if stays {
-        *into = (entry.nat_addr, entry.nat_port);
+    if !stays {
+        return false;
     }
-    stays
+    asked.backend = (entry.nat_addr, entry.nat_port);
+    match packet.tuple.proto {
+        // A port that a client takes again begins a new connection. One that nobody has answered yet asks on where it asked.
+        TCP if opens => is_up(&packet.tuple, &asked.backend, asked.incarnation, now),
+        // The backend may be another Service's, and no longer this one's.
+        UDP => frontend.flags & frontend_flags::INDEXED == 0 || is_member(frontend, entry.backend),
+        _ => true,
+    }
+}
+
+/// Whether the backend is in one of the frontend's slots, of a frontend with an index.
+#[inline(always)]
+fn is_member(frontend: &Frontend, backend: u32) -> bool {
+    // SAFETY: only asked whether it is there.
+    unsafe { SLOTS.get(SlotKey { frontend: frontend.id | MEMBER_BIT, slot: backend }) }.is_some()
 }
 
 /// Picks a backend for a new flow and remembers it.
@@ -328,10 +342,27 @@ fn hash(tuple: &CtKey) -> u32 {
 /// Whether the client's flow to that backend is already one that was dialled otherwise.
 #[inline(never)]
 fn taken(tuple: &CtKey, backend: &(Addr, Port), incarnation: u32, now: u64) -> bool {
+    let Some(flow) = translated(tuple, backend, incarnation, now) else { return false };
+    let here = flow.flags & ct_flags::TRANSLATED != 0 && (flow.nat_addr, flow.nat_port) == (tuple.dst, tuple.dport);
+    !here && !ct::is_over(flow, tuple.proto, now)
+}
+
+/// Whether the client's flow to that backend has not ended.
+#[inline(never)]
+fn is_up(tuple: &CtKey, backend: &(Addr, Port), incarnation: u32, now: u64) -> bool {
+    translated(tuple, backend, incarnation, now).is_some_and(|flow| !ct::is_over(flow, tuple.proto, now))
+}
+
+/// The client's flow to that backend, whatever was dialled.
+#[inline(always)]
+fn translated(tuple: &CtKey, backend: &(Addr, Port), incarnation: u32, now: u64) -> Option<&'static CtEntry> {
     let scope = if incarnation == 0 { scope::LB } else { scope::OUT };
-    let Ok(translated) = ct::draft(tuple, scope) else { return false };
-    translated.key.dst = backend.0;
-    translated.key.dport = backend.1;
-    ct::find_drafted(translated, incarnation, now)
-        .is_some_and(|flow| !flow.is_over(tuple.proto, now) && flow.dialled() != Some((tuple.dst, tuple.dport)))
+    let draft = ct::draft_key(tuple, scope).ok()?;
+    if incarnation != 0 && backend.0 == tuple.src {
+        draft.key.scope = scope::HAIRPIN;
+        draft.key.src = crate::pod::itself(!backend.0.is_v4());
+    }
+    draft.key.dst = backend.0;
+    draft.key.dport = backend.1;
+    ct::find_drafted(draft, incarnation, now).map(Flow::entry)
 }

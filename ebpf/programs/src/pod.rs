@@ -8,7 +8,7 @@ use crate::ct::{self, Flow, Way};
 use crate::kernel::{Skb, lpm_get, now};
 use crate::lb::{self, Asked, Client, Outcome};
 use crate::maps::{ENDPOINTS, NODE, TUNNELS};
-use crate::parse::{self, ACK, Kind, Packet, SYN, TCP, UDP};
+use crate::parse::{self, ACK, FIN, Kind, Packet, RST, SYN, TCP, UDP};
 use crate::policy::{admit_known, admit_new, identity_of};
 use crate::rewrite::{self, Side};
 use crate::{deliver, refuse, service};
@@ -51,6 +51,9 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
         } else if let Some(flow) = ct::find_for(&packet.tuple, scope::IN, Way::Reverse, sender, now) {
             admit_known(flow, scope::IN, Way::Reverse, sender, packet, now, account)?;
             if let Some((addr, port)) = flow.dialled() {
+                if packet.tcp_flags & (FIN | RST) != 0 {
+                    service::backend_ended(packet, now);
+                }
                 rewrite::packet(skb, packet, Side::Source, addr, port)?;
                 return service::onward(skb, packet, node);
             }
@@ -140,7 +143,7 @@ fn related(skb: Skb, packet: &mut Packet, sender: &Endpoint, now: u64) -> Result
 
 /// The address under which a pod meets itself.
 #[inline(always)]
-fn itself(v6: bool) -> Addr {
+pub fn itself(v6: bool) -> Addr {
     if v6 { Addr::ITSELF_V6 } else { Addr::ITSELF_V4 }
 }
 

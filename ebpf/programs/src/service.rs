@@ -144,6 +144,15 @@ fn client_ended(packet: &Packet, now: u64) {
     }
 }
 
+/// Notes the end that a pod of this node, sets to its part of a flow: the client's port is
+/// free for another then.
+#[inline(never)]
+pub fn backend_ended(packet: &Packet, now: u64) {
+    if let Some(flow) = answered(&packet.tuple, now) {
+        flow.touch(packet, Way::Reverse, now);
+    }
+}
+
 /// The flow that a backend's packet answers, if that came by a Service.
 #[inline(always)]
 pub fn answered(tuple: &CtKey, now: u64) -> Option<Flow> {

@@ -17,6 +17,7 @@ const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 const EADDRINUSE: i32 = 98;
 const ECONNREFUSED: i32 = 111;
+const EPERM: i32 = 1;
 
 /// The context of a sock_addr program.
 #[derive(Clone, Copy)]
@@ -141,6 +142,13 @@ fn refuse(hook: Hook) -> i32 {
     fail(ECONNREFUSED)
 }
 
+/// What a packet filter on the way out of the host would answer.
+#[inline(always)]
+fn drop(hook: Hook, reason: Reason) -> i32 {
+    count(hook, reason, 0);
+    fail(EPERM)
+}
+
 #[inline(always)]
 fn fail(errno: i32) -> i32 {
     // SAFETY: takes no pointers.
@@ -177,6 +185,7 @@ pub fn connect(sock: SockAddr, hook: Hook) -> i32 {
             Chosen::Choice(choice) => translate(sock, hook, dialled, &choice),
             Chosen::Nobody => refuse(hook),
             Chosen::AtDevice => ALLOW,
+            Chosen::Dropped(reason) => drop(hook, reason),
         },
     }
 }
@@ -186,17 +195,27 @@ enum Chosen {
     Nobody,
     /// The packets' own hook knows better who the client is, or is to drop them.
     AtDevice,
+    /// The host's own, which meet no such hook: they would leave the node as they are.
+    Dropped(Reason),
 }
 
 /// The backend for a new connection.
 #[inline(always)]
 fn chosen(frontend: &Frontend, owner: &Owner) -> Chosen {
     let minds_client = lb::minds_client(frontend);
-    if minds_client && (owner.addr.is_unspecified() || !lb::serves(frontend, &owner.addr)) {
+    let is_host = owner.client == Client::Host;
+    if minds_client && owner.addr.is_unspecified() {
         return Chosen::AtDevice;
     }
+    if minds_client && !lb::serves(frontend, &owner.addr) {
+        return if is_host { Chosen::Dropped(Reason::SourceRange) } else { Chosen::AtDevice };
+    }
     if frontend.count == 0 {
-        return if lb::drops_when_empty(frontend) { Chosen::AtDevice } else { Chosen::Nobody };
+        return match lb::drops_when_empty(frontend) {
+            true if is_host => Chosen::Dropped(Reason::NoBackend),
+            true => Chosen::AtDevice,
+            false => Chosen::Nobody,
+        };
     }
     let now = now();
     let kept = if minds_client { lb::kept_for(frontend, &owner.addr, now) } else { lb::NO_SLOT };
@@ -221,6 +240,7 @@ pub fn sendmsg(sock: SockAddr, hook: Hook) -> i32 {
             Chosen::Choice(choice) => translate(sock, hook, dialled, &choice),
             Chosen::Nobody => refuse(hook),
             Chosen::AtDevice => ALLOW,
+            Chosen::Dropped(reason) => drop(hook, reason),
         },
     }
 }
