@@ -278,6 +278,7 @@ mod tests {
         let (_wanted_tx, wanted) = watch::channel(vec![check("a", port, 1, None)]);
         let devices = |address: &str| Devices {
             node: Vec::new(),
+            xdp: BTreeMap::new(),
             vxlan: None,
             config: keelway_layout::NodeConfig::default(),
             host_addresses: Vec::new(),

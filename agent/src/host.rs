@@ -11,10 +11,11 @@ use keelway_cni::install::write_atomically;
 use keelway_cni::ipam::Pool;
 use keelway_cni::plan::node_sysctls;
 use keelway_layout::{Addr, NodeConfig, Port, node_flags};
+use keelway_maps::XdpMode;
 use keelway_netlink::{AddressOptions, Handle, Link, OnMismatch, Route, RouteFilter, Vxlan, sysctl};
 use keelway_netlink::{PROTOCOL_KEELWAY, RouteScope, TABLE_MAIN};
 
-use crate::config::{Config, LoadBalancerMode, NodePortAddresses, PortRange, Routing};
+use crate::config::{Config, LoadBalancerMode, NodePortAddresses, PortRange, Routing, Xdp};
 use crate::engine::{Devices, HostRoutes};
 use crate::source::Node;
 
@@ -111,7 +112,8 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
     }
     let node_devices = links.iter().map(|link| link.name.clone()).collect();
     let node_ports = node_port_addresses(&config.nodeport_addresses, node, &pool, &own);
-    let devices = Devices { node: node_devices, vxlan, config: programs, host_addresses, node_ports };
+    let xdp = links.iter().map(|link| (link.name.clone(), xdp_modes(config.xdp, &link.kind))).collect();
+    let devices = Devices { node: node_devices, xdp, vxlan, config: programs, host_addresses, node_ports };
     Ok(HostNetwork { devices, mtu, pod_cidrs: node.pod_cidrs.clone(), route_index })
 }
 
@@ -206,6 +208,17 @@ fn pod_mtu(config: &Config, device: u32, underlay: IpAddr) -> u32 {
         _ => OVERHEAD_V6,
     };
     config.mtu.unwrap_or_else(|| device.saturating_sub(overhead))
+}
+
+/// In which modes a device is to run the hook, the best first. A veth's driver loses what a program sends back where the other end
+/// runs none, which is not to be seen from here: it is taken at the word alone.
+fn xdp_modes(wanted: Xdp, kind: &str) -> Vec<XdpMode> {
+    match wanted {
+        Xdp::Off => Vec::new(),
+        Xdp::Native => vec![XdpMode::Native],
+        Xdp::Auto if kind != "veth" => vec![XdpMode::Native, XdpMode::Generic],
+        Xdp::Auto | Xdp::Generic => vec![XdpMode::Generic],
+    }
 }
 
 async fn node_links(config: &Config, node: &Node, host: &Handle) -> anyhow::Result<Vec<Link>> {

@@ -130,6 +130,7 @@ impl InspectService {
             pod_cidrs: network.iter().flat_map(|network| &network.pod_cidrs).map(ToString::to_string).collect(),
             routing: self.config.routing.as_str().into(),
             load_balancer_mode: self.config.load_balancer_mode.as_str().into(),
+            xdp: self.config.xdp.as_str().into(),
             mtu: network.map_or(0, |network| network.mtu),
             generation: engine.generation,
             uptime_seconds: engine.uptime_seconds,

@@ -29,7 +29,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::attachments::{AttachmentService, leases_path};
-use crate::config::{Config, NodePortAddresses, SourceConfig};
+use crate::config::{Config, NodePortAddresses, SourceConfig, Xdp};
 use crate::engine::{Command, Devices, Engine, Handle, HostRoutes, Settings, Wiring, adopt};
 use crate::events::{self, Recorder};
 use crate::gate::Gate;
@@ -185,8 +185,8 @@ async fn open_datapath(
     config: &Config,
     events: &mut mpsc::Receiver<Event>,
 ) -> anyhow::Result<(Datapath, Vec<Vec<Event>>)> {
-    let bpffs = config.bpffs.clone();
-    let mut opening = tokio::task::spawn_blocking(move || Datapath::open(&bpffs));
+    let (bpffs, xdp) = (config.bpffs.clone(), config.xdp != Xdp::Off);
+    let mut opening = tokio::task::spawn_blocking(move || Datapath::open_for(&bpffs, xdp));
     // In pieces, each of which is given back once it is taken.
     let mut early = Vec::new();
     loop {

@@ -25,6 +25,7 @@ pub fn node_status(status: &NodeStatusResponse, volumes: &Volumes) -> Value {
         "podCIDRs": status.pod_cidrs,
         "routing": status.routing,
         "loadBalancerMode": status.load_balancer_mode,
+        "xdp": status.xdp,
         "mtu": status.mtu,
         "generation": status.generation,
         "counts": {

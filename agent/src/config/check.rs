@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::cgroup::NoMount;
 use super::flags::{Flags, Text};
 use super::{
-    Config, Host, Listen, LoadBalancerMode, NodePortAddresses, PluginConfig, PortRange, Routing, SourceConfig,
+    Config, Host, Listen, LoadBalancerMode, NodePortAddresses, PluginConfig, PortRange, Routing, SourceConfig, Xdp,
 };
 
 /// Why a configuration cannot be used.
@@ -73,6 +73,7 @@ pub(super) fn check(flags: &Flags, file: &Flags, host: &Host) -> Result<Config, 
         run_dir: plugin.run_dir,
         routing: routing(over(&flags.routing, &file.routing))?,
         load_balancer_mode: load_balancer_mode(over(&flags.load_balancer_mode, &file.load_balancer_mode))?,
+        xdp: xdp(over(&flags.xdp, &file.xdp))?,
         devices: devices(over(&flags.devices, &file.devices))?,
         mtu: mtu(over(&flags.mtu, &file.mtu))?,
         vxlan_port: port("vxlan-port", over(&flags.vxlan_port, &file.vxlan_port), 8472)?,
@@ -205,6 +206,16 @@ fn load_balancer_mode(value: Option<&str>) -> Result<LoadBalancerMode, ConfigErr
         "dsr" => Ok(LoadBalancerMode::Dsr),
         "hybrid" => Ok(LoadBalancerMode::Hybrid),
         other => Err(wrong("load-balancer-mode", other, "snat, dsr or hybrid")),
+    }
+}
+
+fn xdp(value: Option<&str>) -> Result<Xdp, ConfigError> {
+    match value.unwrap_or("off") {
+        "off" => Ok(Xdp::Off),
+        "native" => Ok(Xdp::Native),
+        "generic" => Ok(Xdp::Generic),
+        "auto" => Ok(Xdp::Auto),
+        other => Err(wrong("xdp", other, "off, native, generic or auto")),
     }
 }
 

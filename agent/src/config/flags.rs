@@ -135,6 +135,11 @@ pub struct Flags {
     #[arg(long, value_name = "MODE", help_heading = "Network")]
     pub load_balancer_mode: Option<Text>,
 
+    /// Turns flows between clients outside and Services' backends on other nodes round before the kernel's stack, on the node's
+    /// devices: native (in their drivers), generic (for any device), auto (the driver where it can) or off. [default: off]
+    #[arg(long, value_name = "MODE", help_heading = "Network")]
+    pub xdp: Option<Text>,
+
     /// Node devices that carry Service traffic, or auto: the device of the node's InternalIP. [default: auto]
     #[arg(long, value_name = "NAME,...", help_heading = "Network")]
     pub devices: Option<Text>,

@@ -84,6 +84,31 @@ impl LoadBalancerMode {
     }
 }
 
+/// Whether flows that only turn round here do so before the kernel's stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Xdp {
+    /// No: by tc, as all else.
+    Off,
+    /// By the devices' drivers.
+    Native,
+    /// By the kernel, for any device.
+    Generic,
+    /// By the driver where it can, else by the kernel.
+    Auto,
+}
+
+impl Xdp {
+    /// As in `--xdp`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Native => "native",
+            Self::Generic => "generic",
+            Self::Auto => "auto",
+        }
+    }
+}
+
 /// On which of the node's addresses node ports answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodePortAddresses {
@@ -142,6 +167,8 @@ pub struct Config {
     pub routing: Routing,
     /// How clients outside are answered by pods of other nodes.
     pub load_balancer_mode: LoadBalancerMode,
+    /// Whether flows that only turn round here do so before the kernel's stack.
+    pub xdp: Xdp,
     /// Node devices; empty: the device of the node's InternalIP.
     pub devices: Vec<String>,
     /// MTU of pods in bytes; `None`: from the device, less the tunnel's overhead.

@@ -48,6 +48,7 @@ fn defaults() {
     assert_eq!(config.healthz_addr.unwrap().to_string(), ":10256");
     assert_eq!(config.status_grace, Duration::from_secs(300));
     assert!(config.devices.is_empty());
+    assert_eq!(config.xdp, Xdp::Off);
 }
 
 #[test]
@@ -102,6 +103,7 @@ fn errors_name_the_field_the_value_and_what_was_expected() {
         (["--snat-ports", "9-1"], r#"snat-ports: "9-1" is not a range FIRST-LAST of ports from 1024 to 65535"#),
         (["--routing", "bgp"], r#"routing: "bgp" is not vxlan or routed"#),
         (["--load-balancer-mode", "l2"], r#"load-balancer-mode: "l2" is not snat, dsr or hybrid"#),
+        (["--xdp", "fast"], r#"xdp: "fast" is not off, native, generic or auto"#),
         (["--bpffs", "sys"], r#"bpffs: "sys" is not an absolute path"#),
         (["--status-grace", "5"], r#"status-grace: "5" is not a whole number with its unit, such as 90s, 5m or 1h"#),
         (["--metrics-addr", "9965"], r#"metrics-addr: "9965" is not IP:PORT, [IPv6]:PORT, :PORT or off"#),

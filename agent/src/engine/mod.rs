@@ -29,7 +29,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use keelway_cni::{Lease, LeaseKey, PodRef};
 use keelway_layout::NodeConfig;
-use keelway_maps::Datapath;
+use keelway_maps::{Datapath, XdpMode};
 use keelway_policy::model::ObjectName;
 use keelway_proxy::HealthCheck;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -153,6 +153,8 @@ pub struct Settings {
 pub struct Devices {
     /// Names of the devices that carry traffic in and out of the node.
     pub node: Vec<String>,
+    /// In which modes each of them is to run the hook before the kernel's stack, the best first; in none: not.
+    pub xdp: BTreeMap<String, Vec<XdpMode>>,
     /// The tunnel's; `None` in routed mode, unless Services' clients go through it.
     pub vxlan: Option<String>,
     /// What the programs are told of all this.
@@ -504,6 +506,7 @@ impl Engine {
         for device in &devices.node {
             self.datapath.attach_node(device)?;
         }
+        self.datapath.attach_xdp(&devices.xdp)?;
         self.reattach_pods()
     }
 

@@ -10,14 +10,13 @@ use keelway_proxy::{Backend, Forward, NodeInfo, ObjectName, Packet, Place, Verdi
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::kernel::{Did, Kernel, NODE, Source, ip, is_local_pod, is_remote_pod};
+use crate::kernel::{Did, Kernel, NODE, REDIRECT, Source, ip, is_local_pod, is_remote_pod};
 use crate::packet::{self, ACK, SCTP, SYN, Seen, TCP, UDP};
 
 /// A client's SYN from a port that had a connection. Nobody but this test looks at its ECE bit.
 const AGAIN: u8 = SYN | 0x40;
 const OK: i32 = 0;
 const SHOT: i32 = 2;
-const REDIRECT: i32 = 7;
 /// As often a flow is opened until each of a few backends has had one: with eight, 1 in 10^22 misses one.
 const TRIES: usize = 400;
 

@@ -13,9 +13,10 @@ use keelway_layout::Hook;
 
 use crate::clsact;
 use crate::error::Error;
-use crate::loader::{Datapath, HOOKS};
+use crate::loader::{Datapath, HOOKS, ProgramKind};
 use crate::pins::Pins;
 use crate::sys::{LinkTarget, cgroup_programs, pinned_link};
+use crate::xdp::{self, XdpMode};
 
 /// How a hook is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,10 @@ pub enum Mechanism {
     Tcx,
     /// A filter at our fixed priority and handle of the device's clsact qdisc.
     Clsact,
+    /// A pinned XDP link, run by the device's driver.
+    XdpNative,
+    /// A pinned XDP link, run by the kernel.
+    XdpGeneric,
 }
 
 impl Mechanism {
@@ -35,6 +40,8 @@ impl Mechanism {
             Self::Cgroup => "cgroup",
             Self::Tcx => "tcx",
             Self::Clsact => "clsact",
+            Self::XdpNative => "xdp native",
+            Self::XdpGeneric => "xdp generic",
         }
     }
 }
@@ -59,6 +66,8 @@ pub struct HookState {
 pub(crate) struct Attachments {
     pins: Pins,
     states: BTreeMap<(String, Hook), HookState>,
+    /// Why devices have no XDP hook that should have one.
+    pub problems: Vec<String>,
 }
 
 impl Attachments {
@@ -67,7 +76,7 @@ impl Attachments {
     }
 
     pub fn new(pins: Pins) -> Self {
-        Self { pins, states: BTreeMap::new() }
+        Self { pins, states: BTreeMap::new(), problems: Vec::new() }
     }
 
     fn pin(&self, name: &str) -> PathBuf {
@@ -76,12 +85,12 @@ impl Attachments {
 }
 
 /// A link that is pinned at `path` and still holds `target`.
-fn living(path: &Path, target: LinkTarget) -> Option<(u32, u32)> {
+pub(crate) fn living(path: &Path, target: LinkTarget) -> Option<(u32, u32)> {
     let link = pinned_link(path).ok()?;
     (link.target == target).then_some((link.id, link.program_id))
 }
 
-fn failed(hook: Hook, to: &str, reason: impl std::fmt::Display) -> Error {
+pub(crate) fn failed(hook: Hook, to: &str, reason: impl std::fmt::Display) -> Error {
     Error::Attach { hook: hook.name(), to: to.into(), reason: reason.to_string() }
 }
 
@@ -95,7 +104,7 @@ impl Datapath {
         let folder = std::fs::File::open(cgroup).map_err(|source| Error::Io { path: cgroup.into(), source })?;
         // A cgroup's id is the inode number of its folder.
         let id = folder.metadata().map_err(|source| Error::Io { path: cgroup.into(), source })?.ino();
-        for hook in HOOKS.iter().filter(|hook| hook.socket) {
+        for hook in HOOKS.iter().filter(|hook| hook.kind == ProgramKind::Socket) {
             let path = self.attachments.pin(&format!("cgroup-{}", hook.entry));
             if living(&path, LinkTarget::Cgroup(id)).is_none() {
                 let program = self.socket_program(hook.entry)?;
@@ -181,14 +190,15 @@ impl Datapath {
     }
 
     /// Programs of others on our devices and our cgroup as the kernel has them now, in words: they run before or after ours, and
-    /// may drop or send elsewhere what ours let through.
+    /// may drop or send elsewhere what ours let through; or, where there can be only one, in place of ours.
     pub fn others(&self) -> Vec<String> {
-        let mut found = Vec::new();
+        let mut found = self.attachments.problems.clone();
         for state in self.attachments.states.values() {
             match state.mechanism {
                 // Filters run after every tcx program; where there is no tcx the kernel does not tell.
                 Mechanism::Tcx | Mechanism::Clsact => found.extend(others_on_device(state)),
                 Mechanism::Cgroup => found.extend(others_on_cgroup(state)),
+                Mechanism::XdpNative | Mechanism::XdpGeneric => {}
             }
         }
         found
@@ -198,6 +208,8 @@ impl Datapath {
         let path = match state.mechanism {
             Mechanism::Cgroup => self.attachments.pin(&format!("cgroup-{}", entry_of(state.hook))),
             Mechanism::Tcx => self.attachments.pin(&device_pin(&state.to, direction_of(state.hook))),
+            Mechanism::XdpNative => xdp::pin(&self.attachments.pins.links(), &state.to, XdpMode::Native),
+            Mechanism::XdpGeneric => xdp::pin(&self.attachments.pins.links(), &state.to, XdpMode::Generic),
             Mechanism::Clsact => return clsact::is_attached(&state.to, direction_of(state.hook)),
         };
         pinned_link(&path).is_ok_and(|link| {
@@ -205,7 +217,11 @@ impl Datapath {
         })
     }
 
-    fn remember(&mut self, hook: Hook, to: &str, mechanism: Mechanism, link_id: u32, program_id: u32) {
+    pub(crate) fn forget(&mut self, hook: Hook) {
+        self.attachments.states.retain(|(_, of), _| *of != hook);
+    }
+
+    pub(crate) fn remember(&mut self, hook: Hook, to: &str, mechanism: Mechanism, link_id: u32, program_id: u32) {
         let state = HookState { hook, to: to.into(), mechanism, link_id, program_id, alive: true };
         self.attachments.states.insert((to.into(), hook), state);
     }
@@ -305,7 +321,7 @@ fn others_among(programs: &[(u32, String)], ours: u32, place: &str) -> Vec<Strin
 }
 
 /// The name of a loaded program.
-fn loaded_program(id: u32) -> Option<String> {
+pub(crate) fn loaded_program(id: u32) -> Option<String> {
     let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id)?;
     Some(found.name_as_str()?.to_owned())
 }
@@ -330,7 +346,7 @@ fn has_tcx() -> bool {
     KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
 }
 
-fn with_cause(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_cause(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -19,6 +19,7 @@ mod sweep;
 mod sys;
 mod table;
 mod tables;
+mod xdp;
 
 pub use attach::{HookState, Mechanism};
 pub use clsact::detach as detach_clsact;
@@ -29,3 +30,4 @@ pub use sockets::SocketTables;
 pub use sweep::{Sweep, Swept};
 pub use table::{CounterTable, KernelTable, Table};
 pub use tables::{Fill, Tables};
+pub use xdp::XdpMode;

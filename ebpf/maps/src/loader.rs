@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::{ScopedJoinHandle, available_parallelism};
 
 use aya::maps::{MapData, ProgramArray};
-use aya::programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SchedClassifier};
+use aya::programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use keelway_layout::{Hook, NodeState, maps};
 
@@ -24,38 +24,49 @@ use crate::sweep::Sweep;
 use crate::sys;
 use crate::tables::Tables;
 
+/// What the kernel takes a program for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum ProgramKind {
+    Socket,
+    Tc,
+    Xdp,
+}
+
 /// A hook's two programs and the array between them.
 pub struct HookPrograms {
     pub hook: Hook,
     pub entry: &'static str,
     pub work: &'static str,
     pub array: &'static str,
-    pub socket: bool,
+    pub kind: ProgramKind,
 }
 
 macro_rules! hooks {
-    ($($hook:ident, $entry:literal, $work:literal, $array:literal, $socket:literal;)*) => {
-        &[$(HookPrograms { hook: Hook::$hook, entry: $entry, work: $work, array: $array, socket: $socket },)*]
+    ($($hook:ident, $entry:literal, $work:literal, $array:literal, $kind:ident;)*) => {
+        &[$(HookPrograms {
+            hook: Hook::$hook, entry: $entry, work: $work, array: $array, kind: ProgramKind::$kind,
+        },)*]
     };
 }
 
 pub const HOOKS: &[HookPrograms] = hooks! {
-    PodIngress, "pod_ingress", "pod_ingress_work", "kwp_pod_in", false;
-    PodEgress, "pod_egress", "pod_egress_work", "kwp_pod_out", false;
-    NodeIngress, "node_ingress", "node_ingress_work", "kwp_node_in", false;
-    NodeEgress, "node_egress", "node_egress_work", "kwp_node_out", false;
-    VxlanIngress, "vxlan_ingress", "vxlan_ingress_work", "kwp_vxlan_in", false;
-    VxlanEgress, "vxlan_egress", "vxlan_egress_work", "kwp_vxlan_out", false;
-    Connect4, "connect4", "connect4_work", "kwp_connect4", true;
-    Connect6, "connect6", "connect6_work", "kwp_connect6", true;
-    Sendmsg4, "sendmsg4", "sendmsg4_work", "kwp_sendmsg4", true;
-    Sendmsg6, "sendmsg6", "sendmsg6_work", "kwp_sendmsg6", true;
-    Recvmsg4, "recvmsg4", "recvmsg4_work", "kwp_recvmsg4", true;
-    Recvmsg6, "recvmsg6", "recvmsg6_work", "kwp_recvmsg6", true;
-    Getpeername4, "getpeername4", "getpeername4_work", "kwp_peername4", true;
-    Getpeername6, "getpeername6", "getpeername6_work", "kwp_peername6", true;
-    Bind4, "bind4", "bind4_work", "kwp_bind4", true;
-    Bind6, "bind6", "bind6_work", "kwp_bind6", true;
+    PodIngress, "pod_ingress", "pod_ingress_work", "kwp_pod_in", Tc;
+    PodEgress, "pod_egress", "pod_egress_work", "kwp_pod_out", Tc;
+    NodeIngress, "node_ingress", "node_ingress_work", "kwp_node_in", Tc;
+    NodeEgress, "node_egress", "node_egress_work", "kwp_node_out", Tc;
+    NodeXdp, "node_xdp", "node_xdp_work", "kwp_node_xdp", Xdp;
+    VxlanIngress, "vxlan_ingress", "vxlan_ingress_work", "kwp_vxlan_in", Tc;
+    VxlanEgress, "vxlan_egress", "vxlan_egress_work", "kwp_vxlan_out", Tc;
+    Connect4, "connect4", "connect4_work", "kwp_connect4", Socket;
+    Connect6, "connect6", "connect6_work", "kwp_connect6", Socket;
+    Sendmsg4, "sendmsg4", "sendmsg4_work", "kwp_sendmsg4", Socket;
+    Sendmsg6, "sendmsg6", "sendmsg6_work", "kwp_sendmsg6", Socket;
+    Recvmsg4, "recvmsg4", "recvmsg4_work", "kwp_recvmsg4", Socket;
+    Recvmsg6, "recvmsg6", "recvmsg6_work", "kwp_recvmsg6", Socket;
+    Getpeername4, "getpeername4", "getpeername4_work", "kwp_peername4", Socket;
+    Getpeername6, "getpeername6", "getpeername6_work", "kwp_peername6", Socket;
+    Bind4, "bind4", "bind4_work", "kwp_bind4", Socket;
+    Bind6, "bind6", "bind6_work", "kwp_bind6", Socket;
 };
 
 /// Attached nowhere; see [`crate::Sweep`].
@@ -64,7 +75,7 @@ const SWEEP: &str = "sweep";
 /// What a hook did with a packet of a test.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// The program's verdict, `TC_ACT_...` of `linux/pkt_cls.h`.
+    /// The program's verdict, `TC_ACT_...` of `linux/pkt_cls.h` or `XDP_...` of `linux/bpf.h`.
     pub verdict: i32,
     /// The packet as it left it.
     pub packet: Vec<u8>,
@@ -74,10 +85,12 @@ pub struct Run {
 
 /// The loaded programs, the open tables and what is attached.
 pub struct Datapath {
-    ebpf: Ebpf,
+    pub(crate) ebpf: Ebpf,
     /// The maps.
     pub tables: Tables,
     pub(crate) attachments: Attachments,
+    /// Whether the programs of [`Hook::NodeXdp`] are loaded.
+    xdp: bool,
 }
 
 fn program_error(name: &str) -> impl Fn(ProgramError) -> Error {
@@ -101,6 +114,14 @@ impl Datapath {
     /// # Errors
     /// See [`Error`]; nothing that ran before is changed.
     pub fn open(bpffs: &Path) -> Result<Self, Error> {
+        Self::open_for(bpffs, true)
+    }
+
+    /// The same; without the hook before the kernel's stack, which takes as long to check as any, where it is not wanted.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_for(bpffs: &Path, xdp: bool) -> Result<Self, Error> {
         let object = object()?;
         check_kernel(&release())?;
         features::check()?;
@@ -115,9 +136,9 @@ impl Datapath {
         let mut ebpf = loader
             .load(object)
             .map_err(|error| Error::Refused { what: "the object".into(), reason: error.to_string() })?;
-        load_all(&mut ebpf)?;
+        load_all(&mut ebpf, xdp)?;
         let tables = Tables::open(&mut ebpf)?;
-        Ok(Self { ebpf, tables, attachments: Attachments::new(pins) })
+        Ok(Self { ebpf, tables, attachments: Attachments::new(pins), xdp })
     }
 
     /// Puts this build's programs in the other slot of every hook and makes it the current one: one write, after which all
@@ -128,7 +149,7 @@ impl Datapath {
     pub fn switch(&mut self) -> Result<u32, Error> {
         let state = self.tables.state()?;
         let generation = state.generation.wrapping_add(1);
-        for hook in HOOKS {
+        for hook in hooks(self.xdp) {
             let program = self
                 .program(hook.work)?
                 .try_clone()
@@ -177,15 +198,27 @@ impl Datapath {
         SocketTables::open(self.attachments.pins())
     }
 
-    /// Runs what this build does at a tc hook on a packet, Ethernet header first, as if it came by this network namespace's
+    /// Runs what this build does at a device's hook on a packet, Ethernet header first, as if it came by this network namespace's
     /// loopback device: `repeat` times, on what the run before left. Nothing is sent anywhere.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn run(&self, hook: Hook, packet: &[u8], repeat: u32) -> Result<Run, Error> {
+        self.run_as_from(hook, packet, repeat, None)
+    }
+
+    /// The same of [`Hook::NodeXdp`], as if the packet came by the device `index`, which holds an XDP program.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_xdp(&self, packet: &[u8], index: u32) -> Result<Run, Error> {
+        self.run_as_from(Hook::NodeXdp, packet, 1, Some(index))
+    }
+
+    fn run_as_from(&self, hook: Hook, packet: &[u8], repeat: u32, from: Option<u32>) -> Result<Run, Error> {
         let hook = HOOKS.iter().find(|programs| programs.hook == hook).ok_or_else(|| missing(hook.name()))?;
         let mut out = vec![0; packet.len() + 256];
-        let run = sys::test_run(self.program(hook.work)?.as_fd(), packet, &mut out, repeat)
+        let run = sys::test_run(self.program(hook.work)?.as_fd(), packet, &mut out, repeat, from)
             .map_err(|error| Error::Refused { what: format!("a run of {}", hook.work), reason: error.to_string() })?;
         out.truncate(run.len);
         Ok(Run { verdict: run.verdict.cast_signed(), packet: out, nanoseconds: run.duration })
@@ -231,22 +264,26 @@ fn missing(name: &str) -> Error {
     Error::Refused { what: name.into(), reason: "not in the object".into() }
 }
 
+fn hooks(xdp: bool) -> impl Iterator<Item = &'static HookPrograms> {
+    HOOKS.iter().filter(move |hook| xdp || hook.kind != ProgramKind::Xdp)
+}
+
 /// Loads every program, some at a time: the kernel checks a few of them for half a second each.
-fn load_all(ebpf: &mut Ebpf) -> Result<(), Error> {
+fn load_all(ebpf: &mut Ebpf, xdp: bool) -> Result<(), Error> {
     const THREADS: usize = 4;
-    let of_hooks = HOOKS.iter().flat_map(|hook| [(hook.entry, hook.socket), (hook.work, hook.socket)]);
-    let mut wanted: BTreeMap<&str, bool> = of_hooks.chain([(SWEEP, false)]).collect();
-    let take = |(name, program)| wanted.remove(name).map(|socket| (socket, name, program));
-    let mut programs: Vec<(bool, &str, &mut Program)> = ebpf.programs_mut().filter_map(take).collect();
+    let of_hooks = hooks(xdp).flat_map(|hook| [(hook.entry, hook.kind), (hook.work, hook.kind)]);
+    let mut wanted: BTreeMap<&str, ProgramKind> = of_hooks.chain([(SWEEP, ProgramKind::Tc)]).collect();
+    let take = |(name, program)| wanted.remove(name).map(|kind| (kind, name, program));
+    let mut programs: Vec<(ProgramKind, &str, &mut Program)> = ebpf.programs_mut().filter_map(take).collect();
     if let Some((name, _)) = wanted.first_key_value() {
         return Err(missing(name));
     }
     // The long ones first, which are those on devices that work.
-    programs.sort_unstable_by_key(|(socket, name, _)| (!socket && name.ends_with("_work"), *name));
+    programs.sort_unstable_by_key(|(kind, name, _)| (*kind != ProgramKind::Socket && name.ends_with("_work"), *name));
     let threads = available_parallelism().map_or(1, NonZero::get).min(THREADS);
     let programs = Mutex::new(programs);
     let next = || programs.lock().unwrap_or_else(PoisonError::into_inner).pop();
-    let work = || std::iter::from_fn(next).try_for_each(|(socket, name, program)| load(program, name, socket));
+    let work = || std::iter::from_fn(next).try_for_each(|(kind, name, program)| load(program, name, kind));
     std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
         let own = work();
@@ -255,14 +292,13 @@ fn load_all(ebpf: &mut Ebpf) -> Result<(), Error> {
     })
 }
 
-fn load(program: &mut Program, name: &str, socket: bool) -> Result<(), Error> {
-    if socket {
-        let program: &mut CgroupSockAddr = program.try_into().map_err(program_error(name))?;
-        program.load().map_err(program_error(name))
-    } else {
-        let program: &mut SchedClassifier = program.try_into().map_err(program_error(name))?;
-        program.load().map_err(program_error(name))
-    }
+fn load(program: &mut Program, name: &str, kind: ProgramKind) -> Result<(), Error> {
+    let loaded = match kind {
+        ProgramKind::Socket => <&mut CgroupSockAddr>::try_from(program).and_then(CgroupSockAddr::load),
+        ProgramKind::Tc => <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load),
+        ProgramKind::Xdp => <&mut Xdp>::try_from(program).and_then(Xdp::load),
+    };
+    loaded.map_err(program_error(name))
 }
 
 /// Detaches and unpins everything of ours below `bpffs`, of every version. Returns what was removed.

@@ -171,7 +171,7 @@ fn remove(program: &OwnedFd, keys: &[CtKey]) -> std::io::Result<u64> {
     let mut packet = vec![0; SWEEP_HEADER as usize];
     packet.extend_from_slice(keys.as_bytes());
     let mut out = vec![0; packet.len()];
-    Ok(sys::test_run(program.as_fd(), &packet, &mut out, 1)?.verdict.into())
+    Ok(sys::test_run(program.as_fd(), &packet, &mut out, 1, None)?.verdict.into())
 }
 
 /// Nanoseconds of the clock that the programs read.

@@ -9,7 +9,9 @@ use std::path::Path;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_LINK_DETACH: libc::c_long = 34;
 const LINK_TYPE_CGROUP: u32 = 3;
+const LINK_TYPE_XDP: u32 = 6;
 const LINK_TYPE_TCX: u32 = 11;
 
 /// What a link is attached to.
@@ -59,6 +61,11 @@ struct PathAttr {
     flags: u32,
 }
 
+#[repr(C)]
+struct DetachAttr {
+    link: u32,
+}
+
 /// `BPF_PROG_QUERY` of a cgroup: target, attach type, flags (in, out), ids' address, count (in: room, out: found), padding.
 #[repr(C, align(8))]
 struct QueryAttr {
@@ -94,14 +101,26 @@ pub fn cgroup_programs(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<V
 
 /// The link that is pinned at `path`.
 pub fn pinned_link(path: &Path) -> io::Result<Link> {
+    link_info(open_pin(path)?.as_fd())
+}
+
+/// Detaches the link that is pinned at `path`. Without its pin it would be by and by, once the kernel comes to that.
+pub fn detach_pinned_link(path: &Path) -> io::Result<()> {
+    let link = open_pin(path)?;
+    let attr = DetachAttr { link: link.as_raw_fd().cast_unsigned() };
+    // SAFETY: `attr` lives through the call, which only reads it.
+    let code = unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const attr, size_of::<DetachAttr>()) };
+    if code < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let attr = PathAttr { path: path.as_ptr().addr() as u64, fd: 0, flags: 0 };
     // SAFETY: `attr` and the path that it names live through the call.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attr, size_of::<PathAttr>()) };
     let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
     // SAFETY: the kernel just gave us this descriptor.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    link_info(fd.as_fd())
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Asks the kernel about a link.
@@ -119,7 +138,7 @@ fn link_info(fd: BorrowedFd<'_>) -> io::Result<Link> {
     }
     let target = match info.kind {
         LINK_TYPE_CGROUP => LinkTarget::Cgroup(u64::from(info.union[0]) | u64::from(info.union[1]) << 32),
-        LINK_TYPE_TCX => LinkTarget::Device(info.union[0]),
+        LINK_TYPE_TCX | LINK_TYPE_XDP => LinkTarget::Device(info.union[0]),
         other => LinkTarget::Other(other),
     };
     Ok(Link { id: info.id, program_id: info.program_id, target })
@@ -171,27 +190,37 @@ pub struct TestRun {
     pub duration: u32,
 }
 
-/// Runs a tc program `repeat` times on the packet in `data`, which then holds what it made of it.
-pub fn test_run(program: BorrowedFd<'_>, data: &[u8], out: &mut [u8], repeat: u32) -> io::Result<TestRun> {
+/// Runs a tc or XDP program `repeat` times on the packet in `data`; `out` then holds what it made of it. With `from`, for XDP alone, as
+/// if it came by that device.
+pub fn test_run(
+    program: BorrowedFd<'_>,
+    data: &[u8],
+    out: &mut [u8],
+    repeat: u32,
+    from: Option<u32>,
+) -> io::Result<TestRun> {
+    let size = u32::try_from(data.len()).map_err(io::Error::other)?;
+    // `struct xdp_md`: begin and end of the packet, begin of its metadata, device, queue, device to send by.
+    let context = [0, size, 0, from.unwrap_or(0), 0, 0];
     let mut attr = TestRunAttr {
         program: program.as_raw_fd().cast_unsigned(),
         verdict: 0,
-        size_in: u32::try_from(data.len()).map_err(io::Error::other)?,
+        size_in: size,
         size_out: u32::try_from(out.len()).map_err(io::Error::other)?,
         data_in: data.as_ptr().addr() as u64,
         data_out: out.as_mut_ptr().addr() as u64,
         repeat,
         duration: 0,
-        context_size_in: 0,
+        context_size_in: if from.is_some() { size_of_val(&context) as u32 } else { 0 },
         context_size_out: 0,
-        context_in: 0,
+        context_in: if from.is_some() { context.as_ptr().addr() as u64 } else { 0 },
         context_out: 0,
         flags: 0,
         cpu: 0,
         batch_size: 0,
         padding: 0,
     };
-    // SAFETY: both buffers live through the call and have the lengths given; the kernel writes to `out` and to `attr` alone.
+    // SAFETY: the buffers live through the call and have the lengths given; the kernel writes to `out` and to `attr` alone.
     let code = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<TestRunAttr>()) };
     if code < 0 {
         return Err(io::Error::last_os_error());

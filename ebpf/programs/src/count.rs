@@ -2,7 +2,8 @@
 
 use keelway_layout::{Addr, Counter, CounterKey, DropEvent, EndpointDropKey, Hook, Port, Reason};
 
-use crate::kernel::{Skb, precise_now};
+use crate::frame::Frame;
+use crate::kernel::precise_now;
 use crate::lb::Client;
 use crate::maps::{COUNTERS, ENDPOINT_DROPS, EVENTS};
 use crate::parse::Packet;
@@ -56,8 +57,8 @@ pub fn count(hook: Hook, reason: Reason, bytes: u32) {
 
 /// Counts a drop for everyone who asks: by hook, by endpoint, and as an event while there is room for one.
 #[inline(never)]
-pub fn dropped(skb: Skb, packet: &Packet, account: &mut Account, reason: Reason) {
-    let len = skb.len();
+pub fn dropped(frame: impl Frame, packet: &Packet, account: &mut Account, reason: Reason) {
+    let len = frame.len();
     count(account.hook, reason, len);
     if account.endpoint != 0 {
         let key =
@@ -82,7 +83,7 @@ pub fn dropped(skb: Skb, packet: &Packet, account: &mut Account, reason: Reason)
             reserved: 0,
             endpoint: account.endpoint,
             peer: account.peer,
-            ifindex: skb.ifindex(),
+            ifindex: frame.ifindex(),
             len,
         });
         entry.submit(0);

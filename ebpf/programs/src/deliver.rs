@@ -4,6 +4,7 @@ use keelway_layout::{Endpoint, Port, Reason, scope};
 
 use crate::count::Account;
 use crate::ct::{self, Way};
+use crate::frame::Frame as _;
 use crate::kernel::Skb;
 use crate::parse::{self, Kind, Packet, UDP};
 use crate::policy::{admit_known, admit_new};

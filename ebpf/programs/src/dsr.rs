@@ -10,6 +10,7 @@ use keelway_layout::{Addr, CtKey, NodeConfig, Port, PrefixKey, Reason, identity,
 
 use crate::count::{Account, count};
 use crate::ct;
+use crate::frame::Frame as _;
 use crate::kernel::{Skb, Underlay, lpm_get, now};
 use crate::maps::{NODE, TUNNELS};
 use crate::parse::{self, Kind, Packet, TCP};

@@ -12,6 +12,7 @@ use aya_ebpf::maps::LpmTrie;
 use keelway_layout::{Addr, Reason};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::frame::Frame;
 use crate::parse::Packet;
 
 /// The outside of a tunnelled packet.
@@ -79,82 +80,30 @@ pub fn csum_diff(from: &[u32], to: &[u32], seed: u32) -> Result<u32, Reason> {
     if sum < 0 { Err(Reason::Helper) } else { Ok(sum as u32) }
 }
 
+/// Fills in what the routes are asked: from `src` to `dst`, as if the packet came by `ifindex`. `params` is zeroed.
+#[inline(always)]
+pub fn fib_question(params: &mut MaybeUninit<bpf_fib_lookup>, packet: &Packet, src: &Addr, dst: &Addr, ifindex: u32) {
+    const AF_INET: u8 = 2;
+    const AF_INET6: u8 = 10;
+    // SAFETY: the caller zeroed it, and any bytes make such a structure.
+    let p = unsafe { &mut *params.as_mut_ptr() };
+    p.ifindex = ifindex;
+    p.l4_protocol = packet.tuple.proto;
+    if packet.v6 {
+        p.family = AF_INET6;
+        p.__bindgen_anon_3.ipv6_src = src.words();
+        p.__bindgen_anon_4.ipv6_dst = dst.words();
+    } else {
+        p.family = AF_INET;
+        p.__bindgen_anon_3.ipv4_src = src.v4_word();
+        p.__bindgen_anon_4.ipv4_dst = dst.v4_word();
+    }
+}
+
 impl Skb {
     /// The packet of a program's context.
     pub const fn new(skb: *mut __sk_buff) -> Self {
         Self(skb)
-    }
-
-    /// Bytes from the Ethernet header on.
-    #[inline(always)]
-    pub fn len(self) -> u32 {
-        // SAFETY: the context of a tc program is readable.
-        unsafe { (*self.0).len }
-    }
-
-    /// The device that the hook is on.
-    #[inline(always)]
-    pub fn ifindex(self) -> u32 {
-        // SAFETY: as above.
-        unsafe { (*self.0).ifindex }
-    }
-
-    /// EtherType in network byte order.
-    #[inline(always)]
-    pub fn protocol(self) -> u16 {
-        // SAFETY: as above.
-        unsafe { (*self.0).protocol as u16 }
-    }
-
-    /// Copies from `offset`.
-    #[inline(always)]
-    pub fn load<T: FromBytes>(self, offset: u32) -> Result<T, Reason> {
-        let mut value = MaybeUninit::<T>::uninit();
-        // SAFETY: the helper writes all of `value` or fails; any bytes make a `T`.
-        unsafe {
-            if h::bpf_skb_load_bytes(self.0.cast(), offset, value.as_mut_ptr().cast(), size_of::<T>() as u32) != 0 {
-                return Err(Reason::Malformed);
-            }
-            Ok(value.assume_init())
-        }
-    }
-
-    /// Writes at `offset`, without minding checksums.
-    #[inline(always)]
-    pub fn store<T: IntoBytes + Immutable>(self, offset: u32, value: &T) -> Result<(), Reason> {
-        let from = core::ptr::from_ref(value).cast();
-        // SAFETY: `value` is readable for its size.
-        check(unsafe { h::bpf_skb_store_bytes(self.0, offset, from, size_of::<T>() as u32, 0) })
-    }
-
-    /// Mends an IPv4 header checksum after a change of `size` bytes.
-    #[inline(always)]
-    pub fn fix_ip_csum(self, offset: u32, from: u32, to: u32, size: u64) -> Result<(), Reason> {
-        // SAFETY: takes no pointers but the context.
-        check(unsafe { h::bpf_l3_csum_replace(self.0, offset, from.into(), to.into(), size) })
-    }
-
-    /// Mends a transport checksum after a change of `size` bytes, or by a difference when `size` is 0. `pseudo`: the change is
-    /// in the pseudo header; `optional`: zero means no checksum (UDP over IPv4).
-    #[inline(always)]
-    pub fn fix_l4_csum(
-        self,
-        offset: u32,
-        from: u32,
-        to: u32,
-        size: u64,
-        pseudo: bool,
-        optional: bool,
-    ) -> Result<(), Reason> {
-        let mut flags = size;
-        if pseudo {
-            flags |= u64::from(BPF_F_PSEUDO_HDR);
-        }
-        if optional {
-            flags |= u64::from(BPF_F_MARK_MANGLED_0);
-        }
-        // SAFETY: takes no pointers but the context.
-        check(unsafe { h::bpf_l4_csum_replace(self.0, offset, from.into(), to.into(), flags) })
     }
 
     /// Cuts or grows the packet to `len` bytes.
@@ -235,23 +184,10 @@ impl Skb {
     /// Verdict: out of the device and to the neighbour that the node's routes name for the packet's destination.
     #[inline(always)]
     pub fn redirect_by_route(self, packet: &Packet) -> Result<i32, Reason> {
-        const AF_INET: u8 = 2;
-        const AF_INET6: u8 = 10;
         let mut params = MaybeUninit::<bpf_fib_lookup>::zeroed();
+        fib_question(&mut params, packet, &packet.tuple.src, &packet.tuple.dst, self.ifindex());
         // SAFETY: all bytes are initialised (zeroed), and the size given is the structure's.
         unsafe {
-            let p = &mut *params.as_mut_ptr();
-            p.ifindex = self.ifindex();
-            p.l4_protocol = packet.tuple.proto;
-            if packet.v6 {
-                p.family = AF_INET6;
-                p.__bindgen_anon_3.ipv6_src = packet.tuple.src.words();
-                p.__bindgen_anon_4.ipv6_dst = packet.tuple.dst.words();
-            } else {
-                p.family = AF_INET;
-                p.__bindgen_anon_3.ipv4_src = packet.tuple.src.v4_word();
-                p.__bindgen_anon_4.ipv4_dst = packet.tuple.dst.v4_word();
-            }
             let found = h::bpf_fib_lookup(self.0.cast(), params.as_mut_ptr(), size_of::<bpf_fib_lookup>() as i32, 0);
             // A neighbour that is not known yet is asked for on the way out.
             if !matches!(
@@ -272,7 +208,73 @@ impl Skb {
     }
 }
 
+impl Frame for Skb {
+    #[inline(always)]
+    fn len(self) -> u32 {
+        // SAFETY: the context of a tc program is readable.
+        unsafe { (*self.0).len }
+    }
+
+    #[inline(always)]
+    fn ifindex(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).ifindex }
+    }
+
+    #[inline(always)]
+    fn protocol(self) -> Result<u16, Reason> {
+        // SAFETY: as above.
+        Ok(unsafe { (*self.0).protocol as u16 })
+    }
+
+    #[inline(always)]
+    fn load<T: FromBytes>(self, offset: u32) -> Result<T, Reason> {
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: the helper writes all of `value` or fails; any bytes make a `T`.
+        unsafe {
+            if h::bpf_skb_load_bytes(self.0.cast(), offset, value.as_mut_ptr().cast(), size_of::<T>() as u32) != 0 {
+                return Err(Reason::Malformed);
+            }
+            Ok(value.assume_init())
+        }
+    }
+
+    #[inline(always)]
+    fn store<T: IntoBytes + Immutable>(self, offset: u32, value: &T) -> Result<(), Reason> {
+        let from = core::ptr::from_ref(value).cast();
+        // SAFETY: `value` is readable for its size.
+        check(unsafe { h::bpf_skb_store_bytes(self.0, offset, from, size_of::<T>() as u32, 0) })
+    }
+
+    #[inline(always)]
+    fn fix_ip_csum(self, offset: u32, from: u32, to: u32, size: u64) -> Result<(), Reason> {
+        // SAFETY: takes no pointers but the context.
+        check(unsafe { h::bpf_l3_csum_replace(self.0, offset, from.into(), to.into(), size) })
+    }
+
+    #[inline(always)]
+    fn fix_l4_csum(
+        self,
+        offset: u32,
+        from: u32,
+        to: u32,
+        size: u64,
+        pseudo: bool,
+        optional: bool,
+    ) -> Result<(), Reason> {
+        let mut flags = size;
+        if pseudo {
+            flags |= u64::from(BPF_F_PSEUDO_HDR);
+        }
+        if optional {
+            flags |= u64::from(BPF_F_MARK_MANGLED_0);
+        }
+        // SAFETY: takes no pointers but the context.
+        check(unsafe { h::bpf_l4_csum_replace(self.0, offset, from.into(), to.into(), flags) })
+    }
+}
+
 #[inline(always)]
-fn check(code: i64) -> Result<(), Reason> {
+pub fn check(code: i64) -> Result<(), Reason> {
     if code == 0 { Ok(()) } else { Err(Reason::Helper) }
 }

@@ -2,8 +2,8 @@
 //! tail-calls from the slot of the current generation. A new build fills the other slots and then changes one word, so that
 //! all hooks of the node change over together and none is ever detached.
 //!
-//! `parse` -> `lb`, `ct`, `policy`, `nat` decide -> `rewrite`, `deliver`, `refuse` act; `count` keeps the account; `kernel` holds
-//! the helpers. `pod`, `node`, `vxlan` and `sock` are the hooks. `sweep` is run by the agent, and `claim` keeps it
+//! `parse` -> `lb`, `ct`, `policy`, `nat` decide -> `rewrite`, `deliver`, `refuse` act; `count` keeps the account; `frame` is what
+//! carries a packet, `kernel` and `xdp` hold the helpers. `pod`, `node`, `node_xdp`, `vxlan` and `sock` are the hooks. `sweep` is run by the agent, and `claim` keeps it
 //! and the hooks apart.
 #![no_std]
 #![no_main]
@@ -13,11 +13,13 @@ mod count;
 mod ct;
 mod deliver;
 mod dsr;
+mod frame;
 mod kernel;
 mod lb;
 mod maps;
 mod nat;
 mod node;
+mod node_xdp;
 mod parse;
 mod pod;
 mod policy;
@@ -27,18 +29,22 @@ mod service;
 mod sock;
 mod sweep;
 mod vxlan;
+mod xdp;
 
 use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
-use aya_ebpf::macros::{cgroup_sock_addr, classifier};
-use aya_ebpf::programs::{SockAddrContext, TcContext};
+use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
 use keelway_layout::{Hook, Reason};
 
 use count::{Account, count, dropped};
+use frame::Frame as _;
 use kernel::Skb;
 use maps::STATE;
 use parse::Packet;
 use sock::SockAddr;
+use xdp::Xdp;
 
 #[inline(always)]
 fn slot() -> u32 {
@@ -108,6 +114,37 @@ tc_hooks! {
     node_egress, node_egress_work, NODE_EGRESS, NodeEgress, TC_ACT_OK, node::egress;
     vxlan_ingress, vxlan_ingress_work, VXLAN_INGRESS, VxlanIngress, TC_ACT_SHOT, vxlan::ingress;
     vxlan_egress, vxlan_egress_work, VXLAN_EGRESS, VxlanEgress, TC_ACT_SHOT, vxlan::egress;
+}
+
+/// Without programs packets go to tc's hook, as most do.
+#[xdp]
+pub fn node_xdp(ctx: XdpContext) -> u32 {
+    // SAFETY: a tail call; it returns only when the slot is empty.
+    unsafe { maps::NODE_XDP.tail_call(&ctx, slot()) };
+    XDP_PASS
+}
+
+#[xdp]
+pub fn node_xdp_work(ctx: XdpContext) -> u32 {
+    let frame = Xdp::new(ctx.ctx);
+    let mut account = Account::new(Hook::NodeXdp);
+    let Some(scratch) = maps::SCRATCH.get_ptr_mut(0) else { return XDP_PASS };
+    // SAFETY: a per-CPU value, and no two programs run on one CPU at a time (softirqs are off around each).
+    let packet = unsafe { &mut *scratch };
+    if parse::packet(frame, packet).is_err() {
+        return XDP_PASS;
+    }
+    match node_xdp::ingress(frame, packet, &mut account) {
+        Ok(XDP_PASS) => XDP_PASS,
+        Ok(verdict) => {
+            count(Hook::NodeXdp, Reason::Forwarded, frame.len());
+            verdict
+        }
+        Err(reason) => {
+            dropped(frame, packet, &mut account, reason);
+            XDP_DROP
+        }
+    }
 }
 
 macro_rules! sock_hooks {

@@ -80,6 +80,7 @@ program_arrays! {
     POD_EGRESS = "kwp_pod_out";
     NODE_INGRESS = "kwp_node_in";
     NODE_EGRESS = "kwp_node_out";
+    NODE_XDP = "kwp_node_xdp";
     VXLAN_INGRESS = "kwp_vxlan_in";
     VXLAN_EGRESS = "kwp_vxlan_out";
     CONNECT4 = "kwp_connect4";

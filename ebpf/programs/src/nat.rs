@@ -4,6 +4,7 @@ use keelway_layout::{Addr, CtKey, NatEntry, NodeConfig, Port, Reason, ct_flags, 
 
 use crate::claim;
 use crate::ct::lifetime;
+use crate::frame::Frame;
 use crate::kernel::{Skb, random};
 use crate::maps::NAT;
 use crate::parse::{self, FIN, ICMP4, ICMP6, Packet, RST, SCTP, TCP, UDP};
@@ -60,7 +61,7 @@ fn touch(entry: *mut NatEntry, packet: &Packet, replied: bool, now: u64) {
 
 /// Masquerades a pod's packet on its way out of the node.
 #[inline(never)]
-pub fn outbound(skb: Skb, packet: &mut Packet, node: &NodeConfig, addr: Addr, now: u64) -> Result<(), Reason> {
+pub fn outbound(frame: impl Frame, packet: &mut Packet, node: &NodeConfig, addr: Addr, now: u64) -> Result<(), Reason> {
     let mut key = packet.tuple;
     key.scope = scope::NAT_OUT;
     let port = match get(&key, now) {
@@ -79,7 +80,7 @@ pub fn outbound(skb: Skb, packet: &mut Packet, node: &NodeConfig, addr: Addr, no
         None => claim(&key, packet, node, addr, now)?,
     };
     // An echo request is told by its source side, the reply by its destination.
-    rewrite::packet(skb, packet, Side::Source, addr, port)
+    rewrite::packet(frame, packet, Side::Source, addr, port)
 }
 
 /// The key of the packet that answers a masqueraded one.
@@ -139,9 +140,17 @@ fn claim(key: &CtKey, packet: &Packet, node: &NodeConfig, addr: Addr, now: u64) 
 /// Puts the pod back as destination of a packet from the outside; false when it is for nobody that we masqueraded.
 #[inline(never)]
 pub fn inbound(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> {
+    let Some((addr, port)) = behind(packet, now) else { return Ok(false) };
+    rewrite::packet(skb, packet, Side::Destination, addr, port)?;
+    Ok(true)
+}
+
+/// For whom a packet to the node really is, if it answers one that we masqueraded.
+#[inline(never)]
+pub fn behind(packet: &Packet, now: u64) -> Option<(Addr, Port)> {
     let mut key = packet.tuple;
     key.scope = scope::NAT_IN;
-    let Some(entry) = get(&key, now) else { return Ok(false) };
+    let entry = get(&key, now)?;
     // SAFETY: found by this lookup; copied out.
     let (addr, port) = unsafe { ((*entry).addr, (*entry).port) };
     touch(entry, packet, true, now);
@@ -157,8 +166,7 @@ pub fn inbound(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reason> 
     if let Some(out) = get(&out, now) {
         touch(out, packet, true, now);
     }
-    rewrite::packet(skb, packet, Side::Destination, addr, port)?;
-    Ok(true)
+    Some((addr, port))
 }
 
 /// An error about a masqueraded packet goes to the pod, with its own packet inside.

@@ -3,7 +3,7 @@
 use keelway_layout::{Addr, CtKey, FragKey, FragPorts, Port, Reason};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::kernel::Skb;
+use crate::frame::Frame;
 use crate::maps::{FRAGMENTS, SCRATCH};
 
 pub const ETH_LEN: u32 = 14;
@@ -94,10 +94,10 @@ impl Packet {
 ///
 /// Not inlined, as all that needs much stack for a short time: 512 bytes are all there is.
 #[inline(never)]
-pub fn packet(skb: Skb, into: &mut Packet) -> Result<(), Reason> {
-    *into = match skb.protocol() {
-        ETHERTYPE_IPV4 => ipv4(skb, ETH_LEN)?,
-        ETHERTYPE_IPV6 => ipv6(skb, ETH_LEN)?,
+pub fn packet(frame: impl Frame, into: &mut Packet) -> Result<(), Reason> {
+    *into = match frame.protocol()? {
+        ETHERTYPE_IPV4 => ipv4(frame, ETH_LEN)?,
+        ETHERTYPE_IPV6 => ipv6(frame, ETH_LEN)?,
         _ => return Err(Reason::NotIp),
     };
     Ok(())
@@ -105,37 +105,37 @@ pub fn packet(skb: Skb, into: &mut Packet) -> Result<(), Reason> {
 
 /// The packet that an ICMP error carries, as far as the error shows it. There is one place for it on each CPU.
 #[inline(always)]
-pub fn inner(skb: Skb, outer: &Packet) -> Result<&'static Packet, Reason> {
+pub fn inner(frame: impl Frame, outer: &Packet) -> Result<&'static Packet, Reason> {
     let packet = SCRATCH.get_ptr_mut(1).ok_or(Reason::Helper)?;
     // SAFETY: a per-CPU value, and no two tc programs run on one CPU at a time (softirqs are off around each).
     let packet = unsafe { &mut *packet };
-    carried_by(skb, outer, packet)?;
+    carried_by(frame, outer, packet)?;
     Ok(packet)
 }
 
 #[inline(never)]
-fn carried_by(skb: Skb, outer: &Packet, packet: &mut Packet) -> Result<(), Reason> {
+fn carried_by(frame: impl Frame, outer: &Packet, packet: &mut Packet) -> Result<(), Reason> {
     let l3 = outer.l4 + 8;
     *packet = Packet { v6: outer.v6, ..Packet::EMPTY };
     if outer.v6 {
-        let ip: Ipv6 = skb.load(l3)?;
+        let ip: Ipv6 = frame.load(l3)?;
         packet.tuple.src = Addr::from_words(ip.src);
         packet.tuple.dst = Addr::from_words(ip.dst);
         packet.tuple.proto = ip.next;
         packet.l4 = l3 + 40;
     } else {
-        let ip: Ipv4 = skb.load(l3)?;
+        let ip: Ipv4 = frame.load(l3)?;
         packet.tuple.src = Addr::from_v4_word(ip.src);
         packet.tuple.dst = Addr::from_v4_word(ip.dst);
         packet.tuple.proto = ip.proto;
         packet.l4 = l3 + u32::from(ip.version_ihl & 15) * 4;
     }
-    ports(skb, packet)
+    ports(frame, packet)
 }
 
 #[inline(always)]
-fn ipv4(skb: Skb, l3: u32) -> Result<Packet, Reason> {
-    let ip: Ipv4 = skb.load(l3)?;
+fn ipv4(frame: impl Frame, l3: u32) -> Result<Packet, Reason> {
+    let ip: Ipv4 = frame.load(l3)?;
     let header = u32::from(ip.version_ihl & 15) * 4;
     if ip.version_ihl >> 4 != 4 || header < 20 {
         return Err(Reason::Malformed);
@@ -156,7 +156,7 @@ fn ipv4(skb: Skb, l3: u32) -> Result<Packet, Reason> {
     if offset != 0 {
         later_fragment(&mut packet, id)?;
     } else {
-        ports(skb, &mut packet)?;
+        ports(frame, &mut packet)?;
         if more {
             first_fragment(&packet, id);
         }
@@ -165,12 +165,12 @@ fn ipv4(skb: Skb, l3: u32) -> Result<Packet, Reason> {
 }
 
 #[inline(always)]
-fn ipv6(skb: Skb, l3: u32) -> Result<Packet, Reason> {
+fn ipv6(frame: impl Frame, l3: u32) -> Result<Packet, Reason> {
     const HOP_BY_HOP: u8 = 0;
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;
     const DESTINATION: u8 = 60;
-    let ip: Ipv6 = skb.load(l3)?;
+    let ip: Ipv6 = frame.load(l3)?;
     let mut packet = Packet {
         tuple: CtKey { src: Addr::from_words(ip.src), dst: Addr::from_words(ip.dst), ..CtKey::default() },
         l4: l3 + 40,
@@ -187,12 +187,12 @@ fn ipv6(skb: Skb, l3: u32) -> Result<Packet, Reason> {
     for _ in 0..4 {
         match next {
             HOP_BY_HOP | ROUTING | DESTINATION => {
-                let [following, len]: [u8; 2] = skb.load(packet.l4)?;
+                let [following, len]: [u8; 2] = frame.load(packet.l4)?;
                 next = following;
                 packet.l4 += (u32::from(len) + 1) * 8;
             }
             FRAGMENT => {
-                let header: [u16; 4] = skb.load(packet.l4)?;
+                let header: [u16; 4] = frame.load(packet.l4)?;
                 next = header[0].to_ne_bytes()[0];
                 let field = u16::from_be(header[1]);
                 offset = field & 0xfff8;
@@ -207,7 +207,7 @@ fn ipv6(skb: Skb, l3: u32) -> Result<Packet, Reason> {
     if offset != 0 {
         later_fragment(&mut packet, id)?;
     } else {
-        ports(skb, &mut packet)?;
+        ports(frame, &mut packet)?;
         if more {
             first_fragment(&packet, id);
         }
@@ -238,14 +238,14 @@ fn later_fragment(packet: &mut Packet, id: u32) -> Result<(), Reason> {
 }
 
 #[inline(always)]
-fn ports(skb: Skb, packet: &mut Packet) -> Result<(), Reason> {
+fn ports(frame: impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     match packet.tuple.proto {
         TCP => {
             // Errors show only eight bytes of the header, and nobody asks for the flags there.
-            let words: [u16; 7] = match skb.load(packet.l4) {
+            let words: [u16; 7] = match frame.load(packet.l4) {
                 Ok(words) => words,
                 Err(_) => {
-                    let [sport, dport]: [u16; 2] = skb.load(packet.l4)?;
+                    let [sport, dport]: [u16; 2] = frame.load(packet.l4)?;
                     [sport, dport, 0, 0, 0, 0, 0]
                 }
             };
@@ -254,21 +254,27 @@ fn ports(skb: Skb, packet: &mut Packet) -> Result<(), Reason> {
             packet.tcp_flags = words[6].to_ne_bytes()[1];
         }
         UDP | SCTP => {
-            let words: [u16; 2] = skb.load(packet.l4)?;
+            let words: [u16; 2] = frame.load(packet.l4)?;
             packet.tuple.sport = Port::from_be(words[0]);
             packet.tuple.dport = Port::from_be(words[1]);
         }
-        ICMP4 if !packet.v6 => icmp(skb, packet, 8, 0, |kind| matches!(kind, 3 | 11 | 12))?,
-        ICMP6 if packet.v6 => icmp(skb, packet, 128, 129, |kind| kind < 128)?,
+        ICMP4 if !packet.v6 => icmp(frame, packet, 8, 0, |kind| matches!(kind, 3 | 11 | 12))?,
+        ICMP6 if packet.v6 => icmp(frame, packet, 128, 129, |kind| kind < 128)?,
         _ => {}
     }
     Ok(())
 }
 
 #[inline(always)]
-fn icmp(skb: Skb, packet: &mut Packet, request: u8, reply: u8, is_error: fn(u8) -> bool) -> Result<(), Reason> {
+fn icmp(
+    frame: impl Frame,
+    packet: &mut Packet,
+    request: u8,
+    reply: u8,
+    is_error: fn(u8) -> bool,
+) -> Result<(), Reason> {
     // Type, code and checksum, then the identifier of an echo.
-    let words: [u16; 3] = skb.load(packet.l4)?;
+    let words: [u16; 3] = frame.load(packet.l4)?;
     let kind = words[0].to_ne_bytes()[0];
     if kind == request {
         packet.tuple.sport = Port::from_be(words[2]);

@@ -5,6 +5,7 @@ use keelway_layout::{Addr, Endpoint, NodeConfig, Port, PrefixKey, Reason, identi
 
 use crate::count::{Account, count};
 use crate::ct::{self, Flow, Way};
+use crate::frame::Frame as _;
 use crate::kernel::{Skb, lpm_get, now};
 use crate::lb::{self, Asked, Client, Outcome};
 use crate::maps::{ENDPOINTS, NODE, TUNNELS};

@@ -2,6 +2,7 @@
 
 use keelway_layout::{Endpoint, Reason};
 
+use crate::frame::Frame as _;
 use crate::kernel::{Skb, csum_diff};
 use crate::parse::{ETH_LEN, ICMP4, ICMP6, Ipv4, Ipv6, Packet, TCP};
 

@@ -10,6 +10,7 @@ use keelway_layout::{Addr, CtKey, Endpoint, Hook, NodeConfig, Port, Reason, ct_f
 
 use crate::count::{Account, count};
 use crate::ct::{self, Flow, Way};
+use crate::frame::Frame;
 use crate::kernel::{Skb, lpm_get};
 use crate::lb::{self, Asked, Client, Outcome};
 use crate::maps::{NODE, TUNNELS};
@@ -46,11 +47,23 @@ fn translate(skb: Skb, packet: &mut Packet, now: u64, account: &mut Account) -> 
             }
             return Ok(outcome);
         }
-        rewrite::packet(skb, packet, Side::Destination, asked.backend.0, asked.backend.1)?;
-        count(account.hook, Reason::Translated, skb.len());
-        remember(packet, account.dialled, now)?;
+        exchange(skb, packet, &asked.backend, now, account)?;
     }
     Ok(outcome)
+}
+
+/// Puts the backend in place of what was dialled, and remembers that for the answers.
+#[inline(always)]
+pub fn exchange(
+    frame: impl Frame,
+    packet: &mut Packet,
+    backend: &(Addr, Port),
+    now: u64,
+    account: &Account,
+) -> Result<(), Reason> {
+    rewrite::packet(frame, packet, Side::Destination, backend.0, backend.1)?;
+    count(account.hook, Reason::Translated, frame.len());
+    remember(packet, account.dialled, now)
 }
 
 /// A pod, or a client of a Service, that could write to a tunnel's port in a node's name could speak for any pod. Not every address
@@ -206,12 +219,19 @@ pub fn arrive_error(skb: Skb, packet: &mut Packet, now: u64, account: &mut Accou
 /// To a pod through the tunnel, to everybody else by the node's routes.
 #[inline(never)]
 pub fn onward(skb: Skb, packet: &Packet, node: &NodeConfig) -> Result<i32, Reason> {
-    if node.flags & node_flags::VXLAN != 0 {
-        let who = identity_of(&packet.tuple.dst);
-        if who == identity::UNKNOWN_POD || who >= identity::FIRST_POD {
-            lpm_get(&TUNNELS, &keelway_layout::PrefixKey::host(packet.tuple.dst)).ok_or(Reason::NoRoute)?;
-            return Ok(skb.redirect(node.vxlan_ifindex));
-        }
+    if goes_by_tunnel(node, &packet.tuple.dst) {
+        lpm_get(&TUNNELS, &keelway_layout::PrefixKey::host(packet.tuple.dst)).ok_or(Reason::NoRoute)?;
+        return Ok(skb.redirect(node.vxlan_ifindex));
     }
     skb.redirect_by_route(packet)
+}
+
+/// Whether what is sent to an address goes through the tunnel.
+#[inline(always)]
+pub fn goes_by_tunnel(node: &NodeConfig, addr: &Addr) -> bool {
+    if node.flags & node_flags::VXLAN == 0 {
+        return false;
+    }
+    let who = identity_of(addr);
+    who == identity::UNKNOWN_POD || who >= identity::FIRST_POD
 }

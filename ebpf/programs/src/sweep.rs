@@ -4,6 +4,7 @@
 use keelway_layout::{CtKey, SWEEP_GRACE, SWEEP_HEADER, SWEEP_KEYS};
 
 use crate::claim;
+use crate::frame::Frame as _;
 use crate::kernel::{Skb, now};
 use crate::maps::{CONNTRACK, NAT};
 

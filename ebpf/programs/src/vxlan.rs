@@ -4,6 +4,7 @@ use aya_ebpf::bindings::TC_ACT_OK;
 use keelway_layout::{PrefixKey, Reason, identity, node_flags};
 
 use crate::count::Account;
+use crate::frame::Frame as _;
 use crate::kernel::{Skb, lpm_get, now};
 use crate::maps::{NODE, TUNNELS};
 use crate::parse::Packet;

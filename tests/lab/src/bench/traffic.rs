@@ -276,6 +276,8 @@ fn counters(lab: &Lab) -> Result<HashMap<u64, (String, u64, u64)>> {
 pub(super) enum Load {
     /// Small UDP packets of flows that are known: the hooks on devices.
     Packets,
+    /// The same, and of the hooks on devices only the one before the kernel's stack.
+    Early,
     /// New connections and questions: the hooks on sockets.
     Sockets,
 }
@@ -301,13 +303,17 @@ pub(super) fn programs(
             sum.1 += runs.saturating_sub(old_runs);
         }
         let of_devices = |name: &str| ["pod_", "node_", "vxlan_"].iter().any(|prefix| name.starts_with(prefix));
-        let wanted = |name: &str| of_devices(name) == (load == Load::Packets);
+        let wanted = |name: &str| match load {
+            Load::Packets => of_devices(name),
+            Load::Early => name == "node_xdp",
+            Load::Sockets => !of_devices(name),
+        };
         for (name, (time, runs)) in by_name.into_iter().filter(|(name, (_, runs))| *runs >= 100 && wanted(name)) {
             figures.entry(name).or_default().push(time as f64 / runs as f64);
         }
     }
     ensure!(!figures.is_empty(), "no pinned program ran");
-    let on = if load == Load::Packets { "each packet of a known flow" } else { "each call" };
+    let on = if load == Load::Sockets { "each call" } else { "each packet of a known flow" };
     for (name, ours) in figures {
         report.row(&format!("program {name}, {on}"), "ns", ours, None);
     }

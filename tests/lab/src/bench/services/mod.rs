@@ -1,4 +1,5 @@
 //! `make bench-services`: what Services cost beside real kube-proxy on the same objects, in one run on one machine.
+mod early;
 mod objects;
 mod site;
 mod sync;
@@ -35,6 +36,9 @@ pub struct Options {
     /// The same beside iptables mode.
     #[arg(long, default_value_t = 1000)]
     sync_iptables: usize,
+    /// Changes between XDP and tc for packets to another node's pod, a start of the agent each; 0 for none of it.
+    #[arg(long, default_value_t = 3)]
+    xdp: usize,
     /// Measure the sync and the changes of ours alone: no kube-proxy, and no ratios.
     #[arg(long)]
     alone: bool,
@@ -121,6 +125,13 @@ pub fn run(options: &Options) -> Result<bool> {
             super::part(&mut report, &format!("sync beside {}", mode.peer()), |report| {
                 sync::measure(mode, services, options.patience(), options.alone, report)
             });
+        }
+    }
+    if options.xdp > 0 {
+        let what = "packets to a node port by XDP and by tc";
+        match sh::missing(&["ethtool", "bpftool", "containerd", "runc"], &[]) {
+            Some(reason) => report.skip(what, &reason),
+            None => super::part(&mut report, what, |report| early::measure(options.xdp, report)),
         }
     }
     report.end("bench-services")
