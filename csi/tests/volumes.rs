@@ -6,8 +6,9 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, block, create, mount};
+use common::{Calls, Driver, MIB, block, create, mount, run};
 use keelway_csi::csi::volume_capability::AccessType;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
 use keelway_csi::csi::{self, VolumeCapability};
@@ -327,4 +328,53 @@ async fn a_second_driver_keeps_its_hands_off() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("held by another keelway-csi"), "{said}");
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn who_may_run_out_of_room_is_told() {
+    let mut driver = Driver::on("xfs", 1024);
+    driver.start();
+    let (mut controller, capability) = (driver.controller().await, mount("ext4"));
+    let mut ids = Vec::new();
+    for (name, allocation) in [("full", "full"), ("shared", "full"), ("sparse", "sparse")] {
+        let request = create(name, 128 * MIB, &capability, &[("allocation", allocation)]);
+        ids.push(controller.create_volume(request).await.unwrap().into_inner().volume.unwrap().volume_id);
+    }
+    let [full, shared, sparse] = [&ids[0], &ids[1], &ids[2]];
+    let calls = Calls::new(&driver, shared, capability);
+    driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
+    driver.node().await.node_publish_volume(calls.publish()).await.unwrap();
+    fs::write(format!("{}/data", calls.target), vec![7; 32 << 20]).unwrap();
+    let request =
+        csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: shared.clone(), ..Default::default() };
+    let taken = controller.create_snapshot(request).await.unwrap().into_inner().snapshot.unwrap();
+    for id in &ids {
+        assert_eq!(driver.health(id).await, [], "{id}");
+    }
+    // Somebody else takes nearly all of the room that there is. The driver leaves 64 MiB alone.
+    let others = driver.path("pool/others");
+    let free = rustix::fs::statvfs(driver.path("pool")).map(|stat| stat.f_bavail * stat.f_frsize).unwrap();
+    run("fallocate", &["-l", &(free - (70 << 20)).to_string(), others.to_str().unwrap()]);
+    let wanted = [(csi::VolumeHealthErrorType::Degraded as i32, "StorageFull".to_owned())];
+    assert_eq!(driver.health(sparse).await, wanted);
+    assert_eq!(driver.health(shared).await, wanted, "what its snapshot shares it may write anew");
+    assert_eq!(driver.health(full).await, [], "all its blocks are its own");
+    fs::remove_file(&others).unwrap();
+    // XFS gives back what a file had a little later.
+    let end = Instant::now() + Duration::from_secs(20);
+    while !driver.health(sparse).await.is_empty() && Instant::now() < end {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(driver.health(sparse).await, []);
+    let request = csi::DeleteSnapshotRequest { snapshot_id: taken.snapshot_id, ..Default::default() };
+    controller.delete_snapshot(request).await.unwrap();
+    driver.node().await.node_unpublish_volume(calls.unpublish()).await.unwrap();
+    driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
+    let _ = fs::remove_dir(&calls.staging);
+    for volume_id in ids {
+        let request = csi::DeleteVolumeRequest { volume_id, ..Default::default() };
+        controller.delete_volume(request).await.unwrap();
+    }
+    driver.assert_clean();
 }

@@ -277,6 +277,13 @@ impl Driver {
         NodeClient::new(self.channel().await)
     }
 
+    /// What the driver finds wrong with a volume: how bad, and why.
+    pub async fn health(&self, id: &str) -> Vec<(i32, String)> {
+        let request = csi::ControllerGetVolumeHealthRequest { volume_id: id.into(), ..Default::default() };
+        let answer = self.controller().await.controller_get_volume_health(request).await.unwrap().into_inner();
+        answer.volume_health.unwrap().health_statuses.into_iter().map(|entry| (entry.status, entry.reason)).collect()
+    }
+
     /// Mounts below our directory.
     pub fn mounts(&self) -> Vec<PathBuf> {
         let root = self.dir.path().canonicalize().unwrap();
