@@ -163,7 +163,7 @@ pub struct SliceEndpoint {
     pub addresses: Vec<IpAddr>,
     /// `conditions.ready`; absent means true.
     pub ready: bool,
-    /// `conditions.serving`; absent means as `ready`.
+    /// `conditions.serving`; absent means true, whatever `ready` is.
     pub serving: bool,
     /// `conditions.terminating`; absent means false.
     pub terminating: bool,

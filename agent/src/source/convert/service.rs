@@ -184,7 +184,6 @@ pub fn endpoint_slice(
 
 fn slice_endpoint(endpoint: &discovery::Endpoint, is_ipv6: bool) -> Result<model::SliceEndpoint, ConvertError> {
     let conditions = endpoint.conditions.as_ref();
-    let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
     let hints = endpoint.hints.as_ref();
     let one = |text: &String| match address("endpoints[].addresses[]", text) {
         Ok(address) if address.is_ipv6() != is_ipv6 => {
@@ -196,8 +195,8 @@ fn slice_endpoint(endpoint: &discovery::Endpoint, is_ipv6: bool) -> Result<model
     addresses.shrink_to_fit();
     Ok(model::SliceEndpoint {
         addresses,
-        ready,
-        serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
+        ready: conditions.and_then(|conditions| conditions.ready).unwrap_or(true),
+        serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(true),
         terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
         node_name: endpoint.node_name.clone(),
         zone: endpoint.zone.clone(),

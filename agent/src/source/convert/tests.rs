@@ -103,12 +103,12 @@ endpoints: {endpoints}
 fn absent_conditions_have_their_defaults() {
     let endpoints = "
 - {addresses: [10.0.0.1]}
-- {addresses: [10.0.0.2], conditions: {ready: false}}
+- {addresses: [10.0.0.2], conditions: {ready: false, terminating: true}}
 - {addresses: [10.0.0.3], conditions: {ready: false, serving: true, terminating: true}, zone: z, nodeName: n, hints: {forZones: [{name: z}], forNodes: [{name: n}]}}
 ";
     let (slice, triggered) = endpoint_slice(&read(&slice_yaml("", endpoints))).unwrap().unwrap();
     let conditions: Vec<_> = slice.endpoints.iter().map(|e| (e.ready, e.serving, e.terminating)).collect();
-    assert_eq!(conditions, [(true, true, false), (false, false, false), (false, true, true)]);
+    assert_eq!(conditions, [(true, true, false), (false, true, true), (false, true, true)]);
     assert_eq!(slice.service, "web");
     assert_eq!((slice.ports[0].port, slice.ports[0].protocol), (Some(8080), proxy_model::Protocol::Tcp));
     assert_eq!((slice.ports[1].port, &*slice.ports[1].name), (None, "any"));

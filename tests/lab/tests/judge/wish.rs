@@ -46,8 +46,8 @@ pub struct Wish {
 #[derive(Clone, Debug)]
 struct Endpoint {
     server: &'static str,
-    /// `ready`, `serving`, `terminating`.
-    conditions: [bool; 3],
+    /// `ready`, `serving`, `terminating`; some are left out.
+    conditions: [Option<bool>; 3],
     zone_hint: Option<&'static str>,
     node_hint: Option<&'static str>,
 }
@@ -97,15 +97,16 @@ impl Wish {
             .map(|server| {
                 let (zone, node) = whereabouts(server);
                 let hinted = whole || random.percent(70);
+                let conditions = random.of(&[
+                    [true, true, false],
+                    [true, true, false],
+                    [false, true, true],
+                    [false, false, true],
+                    [false, false, false],
+                ]);
                 Endpoint {
                     server,
-                    conditions: random.of(&[
-                        [true, true, false],
-                        [true, true, false],
-                        [false, true, true],
-                        [false, false, true],
-                        [false, false, false],
-                    ]),
+                    conditions: conditions.map(|condition| (!random.percent(20)).then_some(condition)),
                     zone_hint: (zones && hinted).then_some(zone),
                     node_hint: (nodes && hinted).then_some(node),
                 }
@@ -202,9 +203,12 @@ impl Wish {
 impl Endpoint {
     fn object(&self, address: IpAddr) -> Value {
         let (zone, node) = whereabouts(self.server);
-        let [ready, serving, terminating] = self.conditions;
-        let mut object = json!({"addresses": [address], "nodeName": node, "zone": zone,
-            "conditions": {"ready": ready, "serving": serving, "terminating": terminating}});
+        let mut object = json!({"addresses": [address], "nodeName": node, "zone": zone, "conditions": {}});
+        for (name, condition) in ["ready", "serving", "terminating"].into_iter().zip(self.conditions) {
+            if let Some(condition) = condition {
+                object["conditions"][name] = condition.into();
+            }
+        }
         if let Some(zone) = self.zone_hint {
             object["hints"]["forZones"] = json!([{"name": zone}]);
         }
