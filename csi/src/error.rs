@@ -80,6 +80,14 @@ pub enum Error {
         /// Why, or what can.
         why: String,
     },
+    /// A call that is not offered, since no backend that is served could carry it out.
+    #[error("{call} is not offered: {why}")]
+    NotOffered {
+        /// The call.
+        call: &'static str,
+        /// What would offer it.
+        why: &'static str,
+    },
     /// A volume or snapshot of this name exists and differs from what is asked for.
     #[error("name: {name:?} exists with {has}, asked for was {asked}")]
     Exists {
@@ -114,12 +122,14 @@ pub enum Error {
         /// What it was.
         found: String,
     },
-    /// A target is already published, with other properties.
-    #[error("target_path: {target} is published with {has}, asked for was {asked}")]
-    PublishedOtherwise {
-        /// The target.
-        target: PathBuf,
-        /// How it is published.
+    /// A volume is already staged or published at the path, with other properties.
+    #[error("{field}: {path} has the volume with {has}, asked for was {asked}")]
+    UsedOtherwise {
+        /// The path's name in the interface definition.
+        field: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// How it is used there.
         has: String,
         /// What was asked for.
         asked: String,
@@ -166,13 +176,11 @@ pub enum Error {
         /// Where.
         path: PathBuf,
     },
-    /// The storage does not answer; only this volume's callers wait for it.
-    #[error("volume {id} does not answer: {what} for {seconds} s now")]
+    /// The storage does not answer; only its own callers wait for it.
+    #[error("{what} does not answer: a call has waited for it for {seconds} s now")]
     Hung {
-        /// The volume.
-        id: VolumeId,
-        /// What is being waited for.
-        what: &'static str,
+        /// The volume, or what volumes are stored in.
+        what: String,
         /// For how long.
         seconds: u64,
     },
@@ -229,17 +237,33 @@ impl Error {
             | Self::NoSuchSnapshot { .. }
             | Self::NoSuchGroup { .. }
             | Self::NotFound { .. } => Code::NotFound,
-            Self::Exists { .. } | Self::PublishedOtherwise { .. } => Code::AlreadyExists,
+            Self::Exists { .. } | Self::UsedOtherwise { .. } => Code::AlreadyExists,
+            Self::NotOffered { .. } => Code::Unimplemented,
             Self::Busy { .. } | Self::BadToken { .. } => Code::Aborted,
             Self::InUse { .. } | Self::State { .. } | Self::Unsupported { .. } => Code::FailedPrecondition,
             Self::Hung { .. } => Code::Unavailable,
             // The provisioner then gives the claim back to the scheduler.
             Self::NoSpace { .. } | Self::WrongTopology { .. } | Self::SourceElsewhere { .. } => Code::ResourceExhausted,
             Self::Damaged { .. } => Code::DataLoss,
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Code::ResourceExhausted,
+            Self::Io { source, .. } if is_full(source.kind()) => Code::ResourceExhausted,
+            Self::Lvm { output, .. } if lvm_is_full(output) => Code::ResourceExhausted,
             Self::Mkfs { .. } | Self::Lvm { .. } | Self::Corrupt { .. } | Self::Io { .. } => Code::Internal,
         }
     }
+}
+
+fn is_full(kind: std::io::ErrorKind) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(kind, StorageFull | QuotaExceeded)
+}
+
+/// Whether LVM says that a group or a thin pool has no room for what was asked of it: somebody else took it meanwhile. It
+/// has no exit code for that; its messages are in C's locale.
+fn lvm_is_full(output: &str) -> bool {
+    let output = output.to_lowercase();
+    ["insufficient free space", "insufficient suitable", "free space in thin pool", "free space in pool"]
+        .iter()
+        .any(|said| output.contains(said))
 }
 
 impl From<Error> for Status {
@@ -257,5 +281,31 @@ pub(crate) trait Context<T> {
 impl<T, E: Into<std::io::Error>> Context<T> for std::result::Result<T, E> {
     fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
         self.map_err(|error| Error::io(what(), error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_room_is_said_as_such() {
+        let lvm = |output: &str| Error::Lvm { command: "lvcreate", output: output.into() }.code();
+        for full in [
+            "exit status: 5: Volume group \"data\" has insufficient free space (0 extents): 4 required.",
+            "exit status: 5: Insufficient free space: 25 extents needed, but only 3 available",
+            "exit status: 5: Insufficient suitable allocatable extents for logical volume kwl-1: 4 more required",
+            "exit status: 5: Cannot create new thin volume, free space in thin pool data/pool reached threshold.",
+        ] {
+            assert_eq!(lvm(full), Code::ResourceExhausted, "{full}");
+        }
+        assert_eq!(lvm("exit status: 5: Volume group \"data\" not found"), Code::Internal);
+        for (errno, code) in [
+            (libc::ENOSPC, Code::ResourceExhausted),
+            (libc::EDQUOT, Code::ResourceExhausted),
+            (libc::EIO, Code::Internal),
+        ] {
+            assert_eq!(Error::io("write", std::io::Error::from_raw_os_error(errno)).code(), code, "{errno}");
+        }
     }
 }

@@ -22,11 +22,11 @@ use keelway_csi::ops::{Places, Volumes};
 use keelway_csi::registration::registration_server::RegistrationServer;
 use keelway_csi::server::{Socket, socket_path};
 use keelway_csi::service::{
-    ControllerService, GroupService, IdentityService, MetadataService, NodeService, RegistrationService, Shared,
+    ControllerService, GroupService, IdentityService, MetadataService, NodeService, RegistrationService, Shared, Slots,
 };
 use keelway_csi::sys::freeze;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tonic::transport::Server;
 
 /// Keelway's CSI driver: volumes of the node's own disk for pods.
@@ -75,7 +75,7 @@ struct Flags {
     /// How full a thin pool's data or metadata may be before nothing new is made in it
     #[arg(long, default_value_t = 90, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
     lvm_watermark: u32,
-    /// How many mkfs and copies may run at a time
+    /// How many mkfs and copies may run at a time in each of pool, raw devices, volume group and thin pool
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     format_slots: u32,
     /// The most volumes that pods of this node may use; 0 for no limit
@@ -171,7 +171,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         volumes: Arc::new(volumes),
         node: node.as_str().into(),
         kubelet_dir: flags.kubelet_dir.as_path().into(),
-        long_slots: Arc::new(Semaphore::new(flags.format_slots as usize)),
+        long_slots: Slots::new(flags.format_slots as usize),
         max_volumes: flags.max_volumes,
         expand_on_node: flags.expand_on_node,
     };

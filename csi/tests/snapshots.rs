@@ -307,7 +307,7 @@ async fn a_group_is_of_one_moment() {
     }
     assert!(numbers[0] > 0 && numbers.is_sorted_by(|a, b| a >= b) && numbers[0] - numbers[2] <= 1, "{numbers:?}");
     let one = csi::DeleteSnapshotRequest { snapshot_id: group.snapshots[0].snapshot_id.clone(), ..Default::default() };
-    assert_eq!(driver.controller().await.delete_snapshot(one).await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(driver.controller().await.delete_snapshot(one).await.unwrap_err().code(), Code::InvalidArgument);
     let delete = csi::DeleteVolumeGroupSnapshotRequest {
         group_snapshot_id: group.group_snapshot_id.clone(),
         snapshot_ids: group.snapshots.iter().map(|snapshot| snapshot.snapshot_id.clone()).collect(),

@@ -116,7 +116,7 @@ async fn a_block_device_holds_its_data() {
     assert!(fs::write(&calls.target, "x").is_err());
     // A filesystem was never asked for, and none is made.
     let as_mount = Calls { capability: mount(""), ..calls.clone() };
-    assert_eq!(code(node.node_stage_volume(as_mount.stage()).await).0, Code::InvalidArgument);
+    assert_eq!(code(node.node_stage_volume(as_mount.stage()).await).0, Code::FailedPrecondition);
     let device = driver.loops().remove(0).path();
     withdraw(&driver, &calls).await;
     let read_only = std::process::Command::new("blockdev").arg("--getro").arg(device).output().unwrap().stdout;

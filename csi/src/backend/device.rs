@@ -181,6 +181,10 @@ impl Attached for DeviceVolume {
         mount.dev == self.device.dev || mount.is_node(&self.root().to_string_lossy()) || self.is_source(mount)
     }
 
+    fn dev(&self) -> Option<Dev> {
+        Some(self.device.dev)
+    }
+
     fn size(&self) -> Result<Option<u64>> {
         block::size(&self.device.file).map(Some)
     }

@@ -5,11 +5,13 @@
 //! the record (inode, nonce, size) before it is used. Snapshots are files of the same kind. They share blocks with the
 //! image where the pool's filesystem can (XFS, btrfs), and are copies where it cannot.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, FlockOperation, IFlags, fallocate, flock};
 use rustix::io::Errno;
@@ -26,7 +28,7 @@ use crate::sys::loopdev::{Binding, LoopDevice, wait_gone};
 use crate::sys::mount::{self, Detached};
 use crate::sys::mountinfo::{self, Mount};
 use crate::sys::target::Found;
-use crate::sys::{block, copy, mkfs};
+use crate::sys::{Dev, block, copy, mkfs};
 
 /// The image backend.
 #[derive(Clone, Debug)]
@@ -34,7 +36,13 @@ pub struct Images {
     pool: Arc<Pool>,
     /// Whether files of the pool can share blocks.
     shares: bool,
+    /// When it was asked how much a file shares, and what came of it.
+    sharing: Arc<Mutex<BTreeMap<String, (Instant, u64)>>>,
 }
+
+/// How long it is known how much a file shares. To ask takes as long as the file has extents. What it shares only becomes less
+/// with time: it is counted too high meanwhile, never too low, for whatever comes to share its blocks is a new file.
+const KNOWN: Duration = Duration::from_secs(30);
 
 impl Images {
     /// Images in this pool. What its filesystem can is tried out.
@@ -45,7 +53,7 @@ impl Images {
         let (from, to) = (pool.unnamed()?, pool.unnamed()?);
         from.set_len(4096).context(|| "try out whether blocks can be shared")?;
         let shares = copy::share(&from, &to).context(|| "try out whether blocks can be shared")?;
-        Ok(Self { pool, shares })
+        Ok(Self { pool, shares, sharing: Arc::default() })
     }
 
     fn verified(&self, record: &Record) -> Result<File> {
@@ -114,7 +122,20 @@ impl Images {
     }
 
     fn shared(&self, file: &File, name: &str) -> Result<u64> {
-        if self.shares { copy::shared_bytes(file).context(|| format!("ask what {name} shares")) } else { Ok(0) }
+        if !self.shares {
+            return Ok(0);
+        }
+        let sharing = || self.sharing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&(at, bytes)) = sharing().get(name)
+            && at.elapsed() < KNOWN
+        {
+            return Ok(bytes);
+        }
+        let bytes = copy::shared_bytes(file).context(|| format!("ask what {name} shares"))?;
+        let mut sharing = sharing();
+        sharing.retain(|_, (at, _)| at.elapsed() < KNOWN);
+        sharing.insert(name.to_owned(), (Instant::now(), bytes));
+        Ok(bytes)
     }
 }
 
@@ -383,6 +404,10 @@ impl Attached for AttachedImage {
 
     fn shows(&self, mount: &Mount) -> bool {
         mount.dev == self.device.dev() || mount.is_node(&self.device.root()) || self.is_source(mount)
+    }
+
+    fn dev(&self) -> Option<Dev> {
+        Some(self.device.dev())
     }
 
     fn size(&self) -> Result<Option<u64>> {

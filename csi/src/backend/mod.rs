@@ -24,6 +24,7 @@ use crate::model::{
     BackendKind, Content, Extent, MountOptions, Mutable, Nonce, Parameters, Record, Snapshot, SnapshotId, VolumeId,
 };
 use crate::state::Store;
+use crate::sys::Dev;
 use crate::sys::mount::Detached;
 use crate::sys::mountinfo::Mount;
 use crate::sys::target::Found;
@@ -136,6 +137,11 @@ pub trait Attached: Send {
 
     /// Whether a line of the mount table is a mount of it, of whatever kind.
     fn shows(&self, mount: &Mount) -> bool;
+
+    /// The number of its own device, where it has one.
+    fn dev(&self) -> Option<Dev> {
+        None
+    }
 
     /// Bytes that the device has; nothing for what has none.
     ///

@@ -4,10 +4,12 @@
 //! it has a name, as an image is. A device counts as free only while nothing claims it and its first MiB is zeros: what
 //! may hold somebody's data is never handed out. A volume that goes is zeroed before its claim does.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +29,14 @@ pub struct Devices {
     paths: Vec<PathBuf>,
     /// Held while a device is chosen.
     choosing: Mutex<()>,
+    /// Held while devices are looked at.
+    looking: Mutex<()>,
+    /// Those at which a look has not come back.
+    silent: Arc<Mutex<BTreeSet<PathBuf>>>,
 }
+
+/// How long devices may take to be looked at, all at once. One that takes longer counts as not free.
+const LOOK: Duration = Duration::from_secs(4);
 
 /// What a claim says.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,10 +65,16 @@ fn is_blank(device: &Device) -> Result<bool> {
     Ok(head.iter().all(|&byte| byte == 0))
 }
 
+/// What a claim on a device would say, and whether it is blank.
+fn look(path: &Path) -> Result<(Claim, bool)> {
+    let (device, claim) = open(path, true)?;
+    is_blank(&device).map(|blank| (claim, blank))
+}
+
 impl Devices {
     /// Devices whose claims are in this pool.
     pub fn new(pool: Arc<Pool>, paths: Vec<PathBuf>) -> Self {
-        Self { pool, paths, choosing: Mutex::new(()) }
+        Self { pool, paths, choosing: Mutex::default(), looking: Mutex::default(), silent: Arc::default() }
     }
 
     fn claimed(&self) -> Result<Vec<Claim>> {
@@ -77,17 +92,36 @@ impl Devices {
 
     /// Devices that nothing claims, nobody uses and that are blank.
     fn unclaimed(&self) -> Result<Vec<Claim>> {
+        let _looking = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
         let claimed = self.claimed()?;
-        let mut free = Vec::new();
-        for path in &self.paths {
-            match open(path, true) {
-                Ok((_, found)) if claimed.iter().any(|claim| claim.identity == found.identity) => {}
-                Ok((device, found)) if is_blank(&device)? => free.push(found),
+        let (told, tell) = std::sync::mpsc::channel();
+        for path in self.paths.iter().filter(|path| !claimed.iter().any(|claim| claim.path == **path)) {
+            if !self.silent.lock().unwrap_or_else(PoisonError::into_inner).insert(path.clone()) {
+                tracing::warn!(path = %path.display(), "not free: an earlier look at it has not come back");
+                continue;
+            }
+            // A thread of its own: one that hangs holds up no other.
+            let (path, silent, told) = (path.clone(), self.silent.clone(), told.clone());
+            let look = move || {
+                let outcome = look(&path);
+                silent.lock().unwrap_or_else(PoisonError::into_inner).remove(&path);
+                // Who asked may have left.
+                let _ = told.send((path, outcome));
+            };
+            std::thread::Builder::new().spawn(look).context(|| "look at a device")?;
+        }
+        drop(told);
+        let (mut free, end) = (Vec::new(), Instant::now() + LOOK);
+        while let Ok((path, outcome)) = tell.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            match outcome {
+                Ok((found, _)) if claimed.iter().any(|claim| claim.identity == found.identity) => {}
+                Ok((found, true)) => free.push(found),
                 Ok(_) => tracing::warn!(path = %path.display(), "not blank: wipe it to have it used"),
                 // In use, or not there.
                 Err(error) => tracing::debug!(%error, "not free"),
             }
         }
+        free.sort_by_key(|claim| self.paths.iter().position(|path| *path == claim.path));
         Ok(free)
     }
 

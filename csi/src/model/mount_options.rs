@@ -56,6 +56,27 @@ impl MountOptions {
         }
         Ok(options)
     }
+
+    /// All of them in one order, separated by commas: the same text for what is the same to the kernel.
+    pub fn canonical(&self) -> String {
+        let flags = [
+            ("ro", self.read_only),
+            ("suid", self.suid),
+            ("noexec", self.noexec),
+            ("noatime", self.noatime),
+            ("strictatime", self.strictatime),
+            ("nodiratime", self.nodiratime),
+        ];
+        let mut all: Vec<String> = flags.into_iter().filter(|&(_, set)| set).map(|(name, _)| name.to_owned()).collect();
+        let of_filesystem = self.filesystem.iter().map(|(name, value)| match value {
+            Some(value) => format!("{name}={value}"),
+            None => (*name).to_owned(),
+        });
+        all.extend(of_filesystem);
+        all.sort();
+        all.dedup();
+        all.join(",")
+    }
 }
 
 fn filesystem_option(option: &str, fs: FsType) -> Result<(&'static str, Option<String>)> {
@@ -104,6 +125,9 @@ mod tests {
         assert!(options.noatime && options.nodiratime && !options.suid && !options.read_only);
         assert_eq!(options.filesystem, [("commit", Some("30".into())), ("discard", None)]);
         assert_eq!(parse(&["defaults,rw,,nodev"], FsType::Xfs).unwrap(), MountOptions::default());
+        let other = parse(&["rw", "discard,commit=30", "nodiratime", "noatime"], FsType::Ext4).unwrap();
+        assert_eq!(options.canonical(), "commit=30,discard,noatime,nodiratime");
+        assert_eq!(options.canonical(), other.canonical());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use super::provision::coarse;
 use crate::backend::Attached;
 use crate::error::{Context, Error, Result};
 use crate::model::{Record, VolumeId};
-use crate::request::{Expand, NodeExpand};
+use crate::request::{Expand, NodeExpand, TargetPath};
 use crate::state::Intent;
 use crate::sys::grow;
 use crate::sys::target::Target;
@@ -84,16 +84,24 @@ impl Volumes {
     /// [`Error::NoSuchVolume`], [`Error::NotFound`] when the volume is not at the path, and as [`Volumes::expand`].
     pub fn node_expand(&self, request: &NodeExpand) -> Result<u64> {
         let record = self.records.get(&request.id)?;
+        if let Some(usage) = &request.usage {
+            usage.fits(record.content, &record.id)?;
+        }
         let missing = || Error::NotFound { what: "the volume at", path: request.path.absolute() };
         let device = self.device(&record)?.ok_or_else(missing)?;
-        let found = Target::open(&request.path)?.ok_or_else(missing)?.look()?;
-        // A block volume's staging path holds nothing, and is as good a name for it as its target.
-        if !device.is(&found) && record.content != crate::model::Content::Raw {
-            return Err(missing());
+        // Nothing is at a block volume's staging path, which is as good a name for it as its target.
+        let staged = |path: &TargetPath| self.is_staged_block(&record, path);
+        if !staged(&request.path) && !request.staging.as_ref().is_some_and(staged) {
+            let found = Target::open(&request.path)?.ok_or_else(missing)?.look()?;
+            if !device.is(&found) {
+                return Err(missing());
+            }
         }
-        let wanted = Expand { id: request.id.clone(), least: request.least, most: None, usage: None };
+        let wanted = Expand { id: request.id.clone(), least: request.least, most: request.most, usage: None };
         let to = wanted.size(record.size, record.content)?;
-        let record = self.enlarge(record, to, None)?;
+        let record = self.enlarge(record, to, request.most)?;
+        // From here on it waits for the volume's own disk.
+        let _noted = self.probes.note(record.id.as_str());
         if device.size()?.is_some_and(|size| size < record.size) {
             device.take_size()?;
         }

@@ -112,22 +112,35 @@ impl Volumes {
         all
     }
 
-    /// The snapshots of a group. Those that the caller names have to be they.
+    /// The snapshots of a group. Those that the caller names have to be they, all of them.
     ///
     /// # Errors
     /// [`Error::NoSuchGroup`], [`Error::Invalid`].
     pub fn group(&self, id: &GroupId, named: &[SnapshotId]) -> Result<Vec<Snapshot>> {
+        self.group_of(id, named, |_| false)
+    }
+
+    /// As [`Volumes::group`]; what is `gone` need not be there.
+    fn group_of(
+        &self,
+        id: &GroupId,
+        named: &[SnapshotId],
+        gone: impl Fn(&SnapshotId) -> bool,
+    ) -> Result<Vec<Snapshot>> {
         let members = self.members(|group| group.id == *id);
         if members.is_empty() {
             return Err(Error::NoSuchGroup { id: id.to_string() });
         }
+        let mismatch = |value: String, expected: String| Err(Error::Invalid { field: "snapshot_ids", value, expected });
         for name in named {
-            if !members.iter().any(|member| member.id == *name) {
-                let expected = format!("of group {id}");
-                return Err(Error::Invalid { field: "snapshot_ids", value: name.to_string(), expected });
+            if !members.iter().any(|member| member.id == *name) && !gone(name) {
+                return mismatch(name.to_string(), format!("of group {id}"));
             }
         }
-        Ok(members)
+        match members.iter().find(|member| !named.contains(&member.id)) {
+            Some(member) => mismatch("a list without it".into(), format!("all of group {id}, also {}", member.id)),
+            None => Ok(members),
+        }
     }
 
     /// Removes a group and its snapshots. One that is not there was removed before.
@@ -135,7 +148,8 @@ impl Volumes {
     /// # Errors
     /// As [`Volumes::group`], and as for a single snapshot.
     pub fn drop_group(&self, id: &GroupId, named: &[SnapshotId]) -> Result<()> {
-        match self.group(id, named) {
+        // Some may have been removed by a call that then failed.
+        match self.group_of(id, named, |name| self.snapshots.find(name).is_none()) {
             Err(Error::NoSuchGroup { .. }) => return Ok(()),
             other => other?,
         };

@@ -1,8 +1,15 @@
 //! What is wrong with a volume, as far as it can be seen without changing anything.
 
+use std::time::Duration;
+
 use super::Volumes;
+use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::model::{Content, Record, VolumeId};
+use crate::model::{BackendKind, Content, Record, Stop, VolumeId};
+use crate::sys::block;
+
+/// How long a device is watched for a request that it completes.
+const MOMENT: Duration = Duration::from_millis(500);
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,14 +40,25 @@ impl Volumes {
     /// [`Error::NoSuchVolume`]. What cannot be looked at is a finding.
     pub fn health(&self, id: &VolumeId) -> Result<Vec<Finding>> {
         let record = self.get(id)?;
-        if let Some(since) = self.probes.hung(id) {
-            let message = super::probes::hung(id, since).to_string();
+        // This look is one of those under way; only an earlier one can have hung.
+        let waits = || self.probes.waits(id.as_str()).filter(|_| !self.is_moving(&record));
+        if let Some(since) = self.probes.hung(id.as_str()).or_else(waits) {
+            let message = super::probes::hung(&format!("volume {id}"), since).to_string();
             return Ok(vec![Finding { severity: Severity::Inaccessible, reason: "NoAnswer", message }]);
         }
         Ok(match self.look(&record) {
             Ok(findings) => findings,
             Err(error) => vec![finding(&error)],
         })
+    }
+
+    /// Whether the volume's device completes requests: a call that waits for it has much to do, as a large cache to write back or a
+    /// long log to replay.
+    fn is_moving(&self, record: &Record) -> bool {
+        let Ok(Some(attached)) = self.device(record) else { return false };
+        let Some(before) = attached.dev().and_then(block::completed) else { return false };
+        std::thread::sleep(MOMENT);
+        attached.dev().and_then(block::completed).is_some_and(|now| now != before)
     }
 
     fn look(&self, record: &Record) -> Result<Vec<Finding>> {
@@ -55,7 +73,8 @@ impl Volumes {
         }
         if let Content::Filesystem(_) = record.content {
             let stopped = self.mounts(device.as_ref())?.iter().any(|mount| mount.read_only);
-            if stopped && !device.read_only()? {
+            let asked = || self.uses.of(&record.id).iter().any(|used| used.stop == Stop::Staged && used.read_only);
+            if stopped && !device.read_only()? && !asked() {
                 let message = "its filesystem refuses writes, which nobody asked for".into();
                 findings.push(Finding { severity: Severity::Degraded, reason: "FilesystemReadOnly", message });
             }
@@ -89,26 +108,22 @@ impl Volumes {
         Ok((needed > free).then_some(Finding { severity: Severity::Degraded, reason: "StorageFull", message }))
     }
 
-    /// What is wrong with the storage below the volumes.
-    pub fn storage_health(&self) -> Vec<Finding> {
-        let mut findings = Vec::new();
-        for backend in self.backends.values() {
-            let name = backend.kind().as_str();
-            match self.available(Some(backend.kind())) {
-                Err(error) => findings.push(Finding {
-                    severity: Severity::Inaccessible,
-                    reason: "StorageUnreachable",
-                    message: format!("{name}: {error}"),
-                }),
-                Ok((0, _)) if backend.free().is_ok_and(|free| free == 0) => findings.push(Finding {
-                    severity: Severity::Degraded,
-                    reason: "StorageFull",
-                    message: format!("{name}: nothing is free, and volumes may still need what they were promised"),
-                }),
-                Ok(_) => {}
-            }
+    /// What is wrong with the storage below the volumes of a backend.
+    pub fn storage_health(&self, kind: BackendKind) -> Option<Finding> {
+        let name = kind.as_str();
+        match self.available(Some(kind)) {
+            Err(error) => Some(Finding {
+                severity: Severity::Inaccessible,
+                reason: "StorageUnreachable",
+                message: format!("{name}: {error}"),
+            }),
+            Ok((0, _)) if self.backend(kind).and_then(Backend::free).is_ok_and(|free| free == 0) => Some(Finding {
+                severity: Severity::Degraded,
+                reason: "StorageFull",
+                message: format!("{name}: nothing is free, and volumes may still need what they were promised"),
+            }),
+            Ok(_) => None,
         }
-        findings
     }
 }
 

@@ -31,7 +31,7 @@ use crate::backend::{
 use crate::error::{Context, Error, Result};
 use crate::model::{BackendKind, Nonce, Record, Snapshot, VolumeId};
 use crate::request::TargetPath;
-use crate::state::{Guard, Guards, Intent, Journal, Promises, Records, Store, lock_directory};
+use crate::state::{Guard, Guards, Intent, Journal, Promises, Records, Store, Uses, lock_directory};
 use crate::sys::mountinfo::{self, Mount};
 use crate::sys::target::{Found, Target};
 
@@ -58,6 +58,7 @@ pub struct Volumes {
     pool: Arc<Pool>,
     records: Records<Record>,
     snapshots: Records<Snapshot>,
+    uses: Uses,
     promises: Promises,
     journal: Arc<Journal>,
     guards: Guards,
@@ -83,12 +84,14 @@ impl Volumes {
             backends.insert(kind, open(kind, &pool, places)?);
         }
         let (records, snapshots) = (Records::open(state_dir)?, Records::open(state_dir)?);
+        let uses = Uses::open(state_dir)?;
         let (journal, open) = Journal::open(state_dir)?;
         let volumes = Self {
             backends,
             pool,
             records,
             snapshots,
+            uses,
             promises: Promises::default(),
             journal,
             guards: Guards::default(),
@@ -135,12 +138,45 @@ impl Volumes {
         })
     }
 
+    /// The backend of something that was made, which may not be served any more.
     fn backend(&self, kind: BackendKind) -> Result<&dyn Backend> {
         self.backends.get(&kind).map(Box::as_ref).ok_or_else(|| {
-            let served: Vec<_> = self.backends.keys().map(|kind| kind.as_str()).collect();
-            let expected = format!("served by this driver; --backends names {}", served.join(", "));
+            let (what, expected) = (format!("the {} backend", kind.as_str()), "served by this driver".to_owned());
+            Error::State { what, expected, found: self.named_backends() }
+        })
+    }
+
+    /// The backend that a class asks for.
+    fn wanted_backend(&self, kind: BackendKind) -> Result<&dyn Backend> {
+        self.backends.get(&kind).map(Box::as_ref).ok_or_else(|| {
+            let expected = format!("served by this driver; {}", self.named_backends());
             Error::Invalid { field: "parameters.backend", value: kind.as_str().into(), expected }
         })
+    }
+
+    fn named_backends(&self) -> String {
+        let served: Vec<_> = self.backends.keys().map(|kind| kind.as_str()).collect();
+        format!("--backends names {}", served.join(", "))
+    }
+
+    /// The backends that are served.
+    pub fn kinds(&self) -> Vec<BackendKind> {
+        self.backends.keys().copied().collect()
+    }
+
+    /// What volumes of a backend share the room of.
+    pub fn store(&self, kind: BackendKind) -> Store {
+        self.backends.get(&kind).map_or(Store::Pool, |backend| backend.store())
+    }
+
+    /// What a volume shares the room of.
+    pub fn store_of(&self, id: &VolumeId) -> Store {
+        self.records.find(id).map_or(Store::Pool, |record| self.store(record.parameters.backend))
+    }
+
+    /// Whether volumes of this backend can be made here.
+    pub fn serves(&self, kind: BackendKind) -> bool {
+        self.backends.contains_key(&kind)
     }
 
     fn backend_of(&self, record: &Record) -> Result<&dyn Backend> {
@@ -172,8 +208,14 @@ impl Volumes {
 
     /// Where this process sees the volume, but for its staging path.
     fn targets(&self, device: &dyn Attached, staging: &TargetPath) -> Result<Vec<PathBuf>> {
-        let staging = self.root()?.join(staging.relative());
-        let targets = self.mounts(device)?.into_iter().map(|mount| mount.target);
+        let root = self.root()?;
+        // Below the kubelet's directory as callers name it, by whatever links they reach it.
+        let named = |target: PathBuf| match target.strip_prefix(&root) {
+            Ok(below) => self.kubelet_dir.join(below),
+            Err(_) => target,
+        };
+        let targets = self.mounts(device)?.into_iter().map(|mount| named(mount.target));
+        let staging = self.kubelet_dir.join(staging.relative());
         Ok(targets.filter(|target| *target != staging).collect())
     }
 

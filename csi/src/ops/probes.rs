@@ -1,81 +1,122 @@
-//! Looks at volumes, which may never come back when a disk hangs: they are counted, so that a hung disk takes a few
-//! threads and no more, and is known to hang.
+//! Looks at volumes and stores, which may never come back when a disk hangs: they are counted, so that a hung disk takes a
+//! few threads and no more, and is known to hang.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::model::VolumeId;
 
-/// How long a look may take before the volume counts as hung.
+/// How long a look may take before what it looks at counts as hung.
 pub const PATIENCE: Duration = Duration::from_secs(8);
-/// Looks at one volume at a time.
+/// Looks at one thing at a time.
 const MOST: usize = 4;
 
-/// The looks that are under way.
+/// What is under way, by the name of what it is about.
 #[derive(Clone, Debug, Default)]
-pub struct Probes(Arc<Mutex<HashMap<VolumeId, Vec<Instant>>>>);
+pub struct Probes(Arc<Mutex<HashMap<String, UnderWay>>>);
 
-/// A look that is under way until this is dropped.
+#[derive(Debug, Default)]
+struct UnderWay {
+    next: u64,
+    looks: Vec<(u64, Instant)>,
+    notes: Vec<(u64, Instant)>,
+}
+
+/// Something that is under way until this is dropped.
 #[derive(Debug)]
 pub struct Probe {
     probes: Probes,
-    id: VolumeId,
-    since: Instant,
+    what: String,
+    number: u64,
 }
 
 impl Probes {
-    /// Begins to look at a volume.
+    /// Begins to look at something.
     ///
     /// # Errors
     /// [`Error::Hung`] when an earlier look has not come back, [`Error::Busy`] when there are many.
-    pub fn begin(&self, id: &VolumeId) -> Result<Probe> {
-        self.begin_at(id, Instant::now())
+    pub fn begin(&self, what: &str) -> Result<Probe> {
+        self.begin_at(what, Instant::now())
     }
 
-    /// Notes that something else than a look waits for the volume, as its unmounting does. It is not held up.
-    pub fn note(&self, id: &VolumeId) -> Probe {
-        let now = Instant::now();
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.entry(id.clone()).or_default().push(now);
-        Probe { probes: self.clone(), id: id.clone(), since: now }
+    /// Notes that something else than a look waits for a volume, as its unmounting does. Neither that nor a look is held up.
+    pub fn note(&self, what: &str) -> Probe {
+        self.note_at(what, Instant::now())
     }
 
-    fn begin_at(&self, id: &VolumeId, now: Instant) -> Result<Probe> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let looks = all.entry(id.clone()).or_default();
-        if let Some(seconds) = looks.first().map(|&first| now - first).filter(|&age| age >= PATIENCE) {
-            return Err(hung(id, seconds));
+    fn begin_at(&self, what: &str, now: Instant) -> Result<Probe> {
+        let mut all = self.lock();
+        let under_way = all.entry(what.to_owned()).or_default();
+        if let Some(age) = oldest(&under_way.looks, now) {
+            return Err(hung(what, age));
         }
-        if looks.len() >= MOST {
-            return Err(Error::Busy { what: format!("volume {id} ({MOST} looks at it)") });
+        if under_way.looks.len() >= MOST {
+            return Err(Error::Busy { what: format!("{what} ({MOST} looks at it)") });
         }
-        looks.push(now);
-        Ok(Probe { probes: self.clone(), id: id.clone(), since: now })
+        let number = under_way.number();
+        under_way.looks.push((number, now));
+        Ok(Probe { probes: self.clone(), what: what.to_owned(), number })
     }
 
-    /// For how long a look at the volume has not come back, when that is too long.
-    pub fn hung(&self, id: &VolumeId) -> Option<Duration> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.get(id).and_then(|looks| looks.first()).map(Instant::elapsed).filter(|&age| age >= PATIENCE)
+    fn note_at(&self, what: &str, now: Instant) -> Probe {
+        let mut all = self.lock();
+        let under_way = all.entry(what.to_owned()).or_default();
+        let number = under_way.number();
+        under_way.notes.push((number, now));
+        Probe { probes: self.clone(), what: what.to_owned(), number }
+    }
+
+    /// Says that what was noted goes on, however long it takes.
+    pub fn goes_on(&self, what: &str) {
+        if let Some(under_way) = self.lock().get_mut(what) {
+            let now = Instant::now();
+            under_way.notes.iter_mut().for_each(|(_, since)| *since = now);
+        }
+    }
+
+    /// For how long a look has not come back, when that is too long.
+    pub fn hung(&self, what: &str) -> Option<Duration> {
+        oldest(&self.lock().get(what)?.looks, Instant::now())
+    }
+
+    /// For how long something that was noted has not gone on, when that is long: it may have much to do, or wait for a disk
+    /// that hangs.
+    pub fn waits(&self, what: &str) -> Option<Duration> {
+        oldest(&self.lock().get(what)?.notes, Instant::now())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, UnderWay>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// That a volume does not answer.
-pub fn hung(id: &VolumeId, since: Duration) -> Error {
-    Error::Hung { id: id.clone(), what: "a call has waited for it", seconds: since.as_secs() }
+impl UnderWay {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+}
+
+fn oldest(all: &[(u64, Instant)], now: Instant) -> Option<Duration> {
+    let since = all.iter().map(|&(_, since)| since).min()?;
+    Some(now.saturating_duration_since(since)).filter(|&age| age >= PATIENCE)
+}
+
+/// That something does not answer.
+pub fn hung(what: &str, since: Duration) -> Error {
+    Error::Hung { what: what.to_owned(), seconds: since.as_secs() }
 }
 
 impl Drop for Probe {
     fn drop(&mut self) {
-        let mut all = self.probes.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(looks) = all.get_mut(&self.id) {
-            if let Some(at) = looks.iter().position(|&since| since == self.since) {
-                looks.remove(at);
-            }
-            if looks.is_empty() {
-                all.remove(&self.id);
+        let mut all = self.probes.lock();
+        if let Some(under_way) = all.get_mut(&self.what) {
+            let others = |&(number, _): &(u64, Instant)| number != self.number;
+            under_way.looks.retain(others);
+            under_way.notes.retain(others);
+            if under_way.looks.is_empty() && under_way.notes.is_empty() {
+                all.remove(&self.what);
             }
         }
     }
@@ -87,23 +128,38 @@ mod tests {
 
     #[test]
     fn one_that_does_not_come_back_is_known() {
-        let (probes, id) = (Probes::default(), VolumeId::new([1; 16]));
+        let probes = Probes::default();
         let start = Instant::now();
-        let stuck = probes.begin_at(&id, start).unwrap();
-        drop(probes.begin_at(&id, start + Duration::from_secs(1)).unwrap());
-        let refused = probes.begin_at(&id, start + PATIENCE).unwrap_err();
+        let stuck = probes.begin_at("a", start).unwrap();
+        drop(probes.begin_at("a", start + Duration::from_secs(1)).unwrap());
+        let refused = probes.begin_at("a", start + PATIENCE).unwrap_err();
         assert_eq!(refused.code(), tonic::Code::Unavailable);
-        probes.begin_at(&VolumeId::new([2; 16]), start + PATIENCE).unwrap();
+        probes.begin_at("b", start + PATIENCE).unwrap();
         drop(stuck);
-        probes.begin_at(&id, start + PATIENCE).unwrap();
+        probes.begin_at("a", start + PATIENCE).unwrap();
     }
 
     #[test]
     fn they_are_few() {
-        let (probes, id) = (Probes::default(), VolumeId::new([1; 16]));
-        let looks: Vec<_> = (0..MOST).map(|_| probes.begin(&id).unwrap()).collect();
-        assert!(matches!(probes.begin(&id), Err(Error::Busy { .. })));
+        let probes = Probes::default();
+        let looks: Vec<_> = (0..MOST).map(|_| probes.begin("a").unwrap()).collect();
+        assert!(matches!(probes.begin("a"), Err(Error::Busy { .. })));
         drop(looks);
-        assert!(probes.begin(&id).is_ok() && probes.hung(&id).is_none());
+        assert!(probes.begin("a").is_ok() && probes.hung("a").is_none());
+        assert!(probes.lock().is_empty());
+    }
+
+    #[test]
+    fn what_takes_long_holds_up_no_look_and_may_go_on() {
+        let probes = Probes::default();
+        let Some(start) = Instant::now().checked_sub(PATIENCE) else { return };
+        let noted = probes.note_at("a", start);
+        assert!(probes.waits("a").is_some() && probes.hung("a").is_none());
+        drop(probes.begin("a").unwrap());
+        assert!(probes.waits("a").is_some(), "a look is not what was noted");
+        probes.goes_on("a");
+        assert!(probes.waits("a").is_none());
+        drop(noted);
+        assert!(probes.lock().is_empty());
     }
 }

@@ -61,13 +61,13 @@ impl Volumes {
             self.backend_of(&record)?.check(&record)?;
             return Ok(record);
         }
-        let backend = self.backend(request.parameters.backend)?;
+        let backend = self.wanted_backend(request.parameters.backend)?;
         backend.admit(&request.parameters)?;
         if request.mutable != Mutable::default() && !backend.features().modify {
-            return Err(unsupported(backend, "mutable_parameters"));
+            return Err(fixed(backend));
         }
         // Reserved before anybody is made to wait for it; a source is known in size already.
-        let floor = self.source_size(&request)?;
+        let floor = self.source_size(&request, backend)?;
         let size = request.size(floor)?.next_multiple_of(backend.granule());
         if !request.accepts_size(size) {
             return Err(coarse(backend, size));
@@ -111,7 +111,7 @@ impl Volumes {
         made
     }
 
-    fn source_size(&self, request: &Create) -> Result<u64> {
+    fn source_size(&self, request: &Create, backend: &dyn Backend) -> Result<u64> {
         // An id that we issue, on another node perhaps.
         let missing = |what, id: String, error| match request.placed {
             true => Error::SourceElsewhere { what, id },
@@ -120,11 +120,11 @@ impl Volumes {
         match &request.source {
             None => Ok(0),
             Some(Source::Snapshot(id)) => match self.snapshots.get(id) {
-                Ok(snapshot) => Ok(snapshot.size),
+                Ok(it) => fits(request, backend, it.parameters.backend, it.content).map(|()| it.size),
                 Err(error) => Err(missing("snapshot", id.to_string(), error)),
             },
             Some(Source::Volume(id)) => match self.records.get(id) {
-                Ok(record) => Ok(record.size),
+                Ok(it) => fits(request, backend, it.parameters.backend, it.content).map(|()| it.size),
                 Err(error) => Err(missing("volume", id.to_string(), error)),
             },
         }
@@ -132,34 +132,16 @@ impl Volumes {
 
     /// Finds what a volume is to be made from, and sees to it that it does not change meanwhile.
     fn source(&self, request: &Create, backend: &dyn Backend) -> Result<Held> {
-        let fits = |kind: BackendKind, content: Content| {
-            let wrong = |has: String, asked: String| {
-                let expected = format!("{asked}, as the new volume's class and capability say");
-                Err(Error::Invalid { field: "volume_content_source", value: has, expected })
-            };
-            if kind != backend.kind() {
-                return wrong(kind.as_str().into(), backend.kind().as_str().into());
-            }
-            if content != request.content {
-                return wrong(content.to_string(), request.content.to_string());
-            }
-            if !backend.features().snapshots {
-                return Err(unsupported(backend, "volume_content_source"));
-            }
-            Ok(())
-        };
         match &request.source {
             None => Ok(Held::Nothing),
             Some(Source::Snapshot(id)) => {
                 let snapshot = self.snapshots.get(id)?;
-                fits(snapshot.parameters.backend, snapshot.content)?;
                 backend.check_snapshot(&snapshot)?;
                 Ok(Held::Snapshot(Box::new(snapshot)))
             }
             Some(Source::Volume(id)) => {
                 let guard = self.enter(id)?;
                 let record = self.records.get(id)?;
-                fits(record.parameters.backend, record.content)?;
                 let hold = self.hold(&record, backend, true)?;
                 Ok(Held::Volume(Box::new(record), guard, hold))
             }
@@ -173,6 +155,13 @@ impl Volumes {
     pub fn delete(&self, id: &VolumeId) -> Result<()> {
         let Some(record) = self.records.find(id) else { return Ok(()) };
         let backend = self.backend_of(&record)?;
+        // Of a block device that is staged, nothing is mounted.
+        if record.content == Content::Raw
+            && let Some(used) = self.uses.of(id).first()
+        {
+            let by = format!("it is staged or published at {}", used.path.display());
+            return Err(Error::InUse { id: id.clone(), by });
+        }
         // An image knows that a device is attached to it; what has none of its own is in use where it is mounted.
         if backend.kind() != BackendKind::Image
             && let Some(tree) = backend.attached(&record)?
@@ -183,19 +172,21 @@ impl Volumes {
         }
         let _intent = self.journal.begin(Intent::Delete { id: id.clone() })?;
         backend.erase(id, &record.nonce)?;
-        self.records.remove(id)
+        self.records.remove(id)?;
+        self.uses.forget(id);
+        Ok(())
     }
 
     /// Changes what of a volume can change.
     ///
     /// # Errors
-    /// [`Error::NoSuchVolume`], [`Error::Unsupported`], [`Error::Io`].
+    /// [`Error::NoSuchVolume`], [`Error::Invalid`], [`Error::Io`].
     pub fn modify(&self, request: &Modify) -> Result<()> {
         let record = self.records.get(&request.id)?;
         let mutable = record.mutable.with(&request.parameters)?;
         let backend = self.backend_of(&record)?;
         if !backend.features().modify {
-            return Err(unsupported(backend, "mutable_parameters"));
+            return Err(fixed(backend));
         }
         if mutable != record.mutable {
             let mut changed = record.clone();
@@ -229,7 +220,7 @@ impl Volumes {
     pub fn available(&self, kind: Option<BackendKind>) -> Result<(u64, u64)> {
         let usual = BackendKind::default();
         let first = || self.backends.keys().find(|&&kind| kind == usual).or(self.backends.keys().next());
-        let backend = self.backend(kind.or_else(|| first().copied()).unwrap_or(usual))?;
+        let backend = self.wanted_backend(kind.or_else(|| first().copied()).unwrap_or(usual))?;
         let all = self.promises.unpromised(backend.store(), || self.unclaimed(backend.store()))?;
         Ok((all, backend.largest()?.unwrap_or(all).min(all)))
     }
@@ -242,8 +233,30 @@ pub(super) fn coarse(backend: &dyn Backend, wanted: u64) -> Error {
     Error::OutOfRange { wanted, why }
 }
 
-fn unsupported(backend: &dyn Backend, what: &'static str) -> Error {
-    Error::Unsupported { what, backend: backend.kind().as_str(), why: "its class has to name another one".into() }
+/// Nothing of the backend's volumes can be changed.
+fn fixed(backend: &dyn Backend) -> Error {
+    let expected = "that of a volume with a device of its own; others have no mutable parameters".into();
+    Error::Invalid { field: "mutable_parameters", value: backend.kind().as_str().into(), expected }
+}
+
+/// Whether a volume like this one can be made from another of that backend and content.
+fn fits(request: &Create, backend: &dyn Backend, kind: BackendKind, content: Content) -> Result<()> {
+    let field = "volume_content_source";
+    let wrong = |has: String, asked: String| {
+        let expected = format!("{asked}, as the new volume's class and capability say");
+        Err(Error::Invalid { field, value: has, expected })
+    };
+    if kind != backend.kind() {
+        return wrong(kind.as_str().into(), backend.kind().as_str().into());
+    }
+    if content != request.content {
+        return wrong(content.to_string(), request.content.to_string());
+    }
+    if !backend.features().snapshots {
+        let expected = "of a backend that can make volumes from others: image, btrfs or lvm-thin".into();
+        return Err(Error::Invalid { field, value: kind.as_str().into(), expected });
+    }
+    Ok(())
 }
 
 /// Whether the volume of that name is the one that is asked for.

@@ -79,12 +79,12 @@ impl Volumes {
     /// Removes a snapshot. One that is not there was removed before.
     ///
     /// # Errors
-    /// [`Error::Busy`], [`Error::State`] for one of a group, [`Error::Io`].
+    /// [`Error::Busy`], [`Error::Invalid`] for one of a group, [`Error::Io`].
     pub fn drop_snapshot(&self, id: &SnapshotId) -> Result<()> {
         let Some(snapshot) = self.snapshots.find(id) else { return Ok(()) };
         if let Some(group) = &snapshot.group {
-            let (expected, found) = ("of no group".into(), format!("of group {}, with which it goes", group.id));
-            return Err(Error::State { what: format!("snapshot {id}"), expected, found });
+            let expected = format!("a snapshot of no group; it goes with group {}", group.id);
+            return Err(Error::Invalid { field: "snapshot_id", value: id.to_string(), expected });
         }
         self.remove_snapshot(&snapshot)
     }

@@ -3,10 +3,13 @@
 //! Staging comes in three steps, since only the middle one, mkfs, may take long and waits for a slot:
 //! `stage` -> [`Staging::needs_format`] -> `format` -> `finish`.
 
+use std::path::PathBuf;
+
 use super::Volumes;
+use super::publish::agree;
 use crate::backend::Locked;
 use crate::error::{Error, Result};
-use crate::model::{Content, MountOptions, Record, State};
+use crate::model::{Content, MountOptions, Record, State, Stop, Use};
 use crate::request::{Stage, TargetPath, Unstage};
 use crate::state::{Intent, Open};
 use crate::sys::target::{Found, Target};
@@ -37,21 +40,25 @@ impl Volumes {
     /// Begins to stage a volume. `None` when it is staged already.
     ///
     /// # Errors
-    /// [`Error::NoSuchVolume`], [`Error::Invalid`] for another kind of volume, [`Error::State`] when something else is
-    /// mounted at the path, [`Error::Busy`] while an earlier mkfs runs, [`Error::Damaged`], [`Error::Io`].
+    /// [`Error::NoSuchVolume`], [`Error::Invalid`] for a mount option, [`Error::State`] for another kind of volume and when
+    /// something else is mounted at the path, [`Error::UsedOtherwise`], [`Error::Busy`] while an earlier mkfs runs, [`Error::Damaged`], [`Error::Io`].
     pub fn stage(&self, request: Stage) -> Result<Option<Staging>> {
         let record = self.records.get(&request.id)?;
-        request.usage.fits(record.content, &record.id)?;
+        request.usage.fits_node(record.content, &record.id)?;
         let options = request.usage.options(record.content)?;
+        let asked = request.wanted(&options);
+        let has = self.uses.at(&record.id, &asked.path).filter(|has| has.stop == Stop::Staged);
         let device = self.device(&record)?;
         if record.content == Content::Raw {
-            if device.is_some() && record.state() == State::Formatted {
-                return Ok(None);
+            if let (Some(has), Some(_), State::Formatted) = (&has, &device, record.state()) {
+                return agree("staging_target_path", &asked, has).map(|()| None);
             }
         } else {
             let target = Target::require(&request.staging)?;
             match (target.look()?, &device) {
-                (found @ Found::Mounted { .. }, Some(device)) if device.is(&found) => return Ok(None),
+                (found @ Found::Mounted { .. }, Some(device)) if device.is(&found) => {
+                    return agree("staging_target_path", &asked, has.as_ref().unwrap_or(&asked)).map(|()| None);
+                }
                 (found @ Found::Mounted { .. }, _) => return Err(target.unexpected("nothing mounted yet", &found)),
                 _ => {}
             }
@@ -86,7 +93,18 @@ impl Volumes {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::State`].
-    pub fn finish(&self, mut staging: Staging) -> Result<()> {
+    pub fn finish(&self, staging: Staging) -> Result<()> {
+        let (id, asked) = (staging.record.id.clone(), staging.request.wanted(&staging.options));
+        let path = asked.path.clone();
+        self.uses.put(&id, asked)?;
+        let done = self.attach(staging);
+        if done.is_err() {
+            self.uses.remove(&id, &path);
+        }
+        done
+    }
+
+    fn attach(&self, mut staging: Staging) -> Result<()> {
         let read_only = staging.request.read_only;
         let formatted = staging.record.state() == State::Formatted;
         if !formatted && staging.record.content.filesystem().is_none() {
@@ -99,6 +117,12 @@ impl Volumes {
             return Err(Error::State { what, expected: "Formatted before the first mount".into(), found });
         }
         if staging.record.content == Content::Raw {
+            // One that is staged at another path, too, as for a second PersistentVolume of it, stays as it is.
+            let elsewhere =
+                self.uses.of(&staging.record.id).iter().any(|used| used.path != staging.request.staging.absolute());
+            if elsewhere && self.device(&staging.record)?.is_some() {
+                return Ok(());
+            }
             return staging.locked.attach(read_only);
         }
         let target = Target::require(&staging.request.staging)?;
@@ -119,7 +143,7 @@ impl Volumes {
                 self.fill(&staging.record, &root)?;
             }
             if let Some(gid) = staging.request.usage.group {
-                group::give(&root, gid)?;
+                group::give(&root, gid, &|| self.probes.goes_on(staging.record.id.as_str()))?;
             }
         }
         mount.attach(target.handle()?, target.path())
@@ -137,8 +161,21 @@ impl Volumes {
     }
 
     pub(super) fn take_down(&self, record: &Record, staging: &TargetPath) -> Result<()> {
-        let Some(device) = self.device(record)? else { return Ok(()) };
-        if let Some(target) = self.targets(device.as_ref(), staging)?.first() {
+        let path = staging.absolute();
+        let Some(device) = self.device(record)? else {
+            self.uses.forget(&record.id);
+            return Ok(());
+        };
+        // A block volume may be staged at several paths: the kubelet makes one for each PersistentVolume of it.
+        let uses = self.uses.of(&record.id);
+        let elsewhere: Vec<_> = uses.iter().filter(|used| used.stop == Stop::Staged && used.path != path).collect();
+        let others = self.targets(device.as_ref(), staging)?;
+        let from_here = |target: &&PathBuf| {
+            let from_elsewhere =
+                |used: &Use| elsewhere.iter().any(|other| used.stop == Stop::Published(other.path.clone()));
+            !uses.iter().any(|used| used.path == **target && from_elsewhere(used))
+        };
+        if let Some(target) = others.iter().find(from_here) {
             return Err(Error::InUse { id: record.id.clone(), by: format!("it is mounted at {}", target.display()) });
         }
         if let Some(target) = Target::open(staging)? {
@@ -146,6 +183,10 @@ impl Volumes {
         }
         // It is held open by us until here.
         drop(device);
-        self.backend_of(record)?.detach(record)
+        if record.content != Content::Raw || elsewhere.is_empty() {
+            self.backend_of(record)?.detach(record)?;
+        }
+        self.uses.remove(&record.id, &path);
+        Ok(())
     }
 }

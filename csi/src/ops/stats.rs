@@ -28,13 +28,17 @@ impl Volumes {
         let record = self.get(&self.by_handle(&request.id)?)?;
         let missing = || Error::NotFound { what: "the volume at", path: request.path.absolute() };
         let device = self.device(&record)?.ok_or_else(missing)?;
+        // How much of a block device is in use, only its user knows.
+        let of_block = (Usage { available: 0, total: record.size, used: 0 }, None);
+        if self.is_staged_block(&record, &request.path) {
+            return Ok(of_block);
+        }
         let target = Target::open(&request.path)?.ok_or_else(missing)?;
         if !device.is(&target.look()?) {
             return Err(missing());
         }
         if record.content == Content::Raw {
-            // How much of a block device is in use, only its user knows.
-            return Ok((Usage { available: 0, total: record.size, used: 0 }, None));
+            return Ok(of_block);
         }
         let stat = rustix::fs::fstatvfs(target.handle()?).context(|| format!("statfs {}", target.path().display()))?;
         let bytes = |blocks: u64| blocks * stat.f_frsize;

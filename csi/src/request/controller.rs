@@ -77,8 +77,10 @@ impl Create {
 /// A name that a caller gives.
 pub(super) fn name(name: String) -> Result<String> {
     let name = required("name", name)?;
-    if name.len() > MAX_STRING || name.chars().any(char::is_control) {
-        let expected = format!("at most {MAX_STRING} bytes without control characters");
+    // What the specification bans: control characters, but for those that are common whitespace.
+    let banned = |c: char| c.is_control() && !matches!(c, '\t' | '\n' | '\r');
+    if name.len() > MAX_STRING || name.chars().any(banned) {
+        let expected = format!("at most {MAX_STRING} bytes without control characters but tab, LF and CR");
         return Err(Error::Invalid { field: "name", value: string(&name), expected });
     }
     Ok(name)
@@ -99,7 +101,7 @@ fn source(source: csi::VolumeContentSource) -> Result<Source> {
     }
 }
 
-fn range(range: Option<csi::CapacityRange>) -> Result<(u64, Option<u64>)> {
+pub(super) fn range(range: Option<csi::CapacityRange>) -> Result<(u64, Option<u64>)> {
     let range = range.unwrap_or_default();
     let least = bytes("capacity_range.required_bytes", range.required_bytes)?;
     let most = Some(bytes("capacity_range.limit_bytes", range.limit_bytes)?).filter(|&most| most != 0);
@@ -160,6 +162,9 @@ impl Modify {
     /// As the module says.
     pub fn parse(request: csi::ControllerModifyVolumeRequest) -> Result<Self> {
         let id = required("volume_id", request.volume_id)?;
+        if request.mutable_parameters.is_empty() {
+            return Err(Error::Missing { field: "mutable_parameters" });
+        }
         Mutable::default().with(&request.mutable_parameters)?;
         Ok(Self { id: known_id(&id)?, parameters: request.mutable_parameters })
     }

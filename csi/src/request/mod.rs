@@ -17,7 +17,7 @@ pub use snapshot::{ListSnapshots, Take, TakeGroup, group_of};
 
 use crate::csi;
 use crate::error::{Error, Result};
-use crate::model::{Content, FsType, MountOptions, Shape, SnapshotId, VolumeId};
+use crate::model::{Access, Content, FsType, MountOptions, Shape, SnapshotId, VolumeId};
 use csi::volume_capability::AccessType;
 use csi::volume_capability::access_mode::Mode;
 
@@ -37,17 +37,6 @@ pub struct Usage {
     pub group: Option<u32>,
 }
 
-/// The access modes that a volume of one node can have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Reading and writing, at one or several targets.
-    Writer,
-    /// Reading only.
-    Reader,
-    /// Reading and writing, at exactly one target.
-    SingleWriter,
-}
-
 impl Usage {
     /// Reads one volume capability.
     ///
@@ -57,9 +46,10 @@ impl Usage {
         let capability = capability.ok_or(Error::Missing { field: "volume_capability" })?;
         let mode = capability.access_mode.as_ref().ok_or(Error::Missing { field: "volume_capability.access_mode" })?;
         let access = match mode.mode() {
-            Mode::SingleNodeWriter | Mode::SingleNodeMultiWriter => Access::Writer,
+            Mode::SingleNodeWriter => Access::Writer,
             Mode::SingleNodeReaderOnly => Access::Reader,
             Mode::SingleNodeSingleWriter => Access::SingleWriter,
+            Mode::SingleNodeMultiWriter => Access::MultiWriter,
             Mode::Unknown | Mode::MultiNodeReaderOnly | Mode::MultiNodeSingleWriter | Mode::MultiNodeMultiWriter => {
                 return Err(Error::Invalid {
                     field: "volume_capability.access_mode",
@@ -93,6 +83,21 @@ impl Usage {
         Ok(Self { shape: Shape::Mount(fs), access, flags: mount.mount_flags.clone(), group })
     }
 
+    /// Reads the volume capability with which an existing volume is brought to a node: one that is well-formed and that no
+    /// volume of ours could ever have exceeds what the volume can be.
+    ///
+    /// # Errors
+    /// As [`Usage::parse`], and [`Error::State`].
+    pub fn parse_for_node(capability: Option<&csi::VolumeCapability>) -> Result<Self> {
+        let named = capability.and_then(|it| it.access_mode.as_ref()).is_some_and(|it| it.mode() != Mode::Unknown);
+        Self::parse(capability).map_err(|error| match error {
+            Error::Invalid { field, .. } if field.ends_with("fs_type") || (field.ends_with("access_mode") && named) => {
+                exceeds(error)
+            }
+            error => error,
+        })
+    }
+
     /// The mount options, for a volume that is this.
     ///
     /// # Errors
@@ -122,6 +127,14 @@ impl Usage {
         })
     }
 
+    /// As [`Usage::fits`], where a volume is brought to a node.
+    ///
+    /// # Errors
+    /// [`Error::State`].
+    pub fn fits_node(&self, content: Content, id: &VolumeId) -> Result<()> {
+        self.fits(content, id).map_err(exceeds)
+    }
+
     /// Reads the capabilities of a volume to be; all must agree on what the volume is.
     ///
     /// # Errors
@@ -143,6 +156,14 @@ impl Usage {
             };
         }
         Ok((shape, usages))
+    }
+}
+
+/// The interface has a code of its own for what is right in itself, but more than the volume can be.
+fn exceeds(error: Error) -> Error {
+    match error {
+        Error::Invalid { field, value, expected } => Error::State { what: field.into(), expected, found: value },
+        error => error,
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use super::controller::range;
 use super::{TargetPath, Usage, known_id, required};
 use crate::csi;
 use crate::error::{Error, Result};
-use crate::model::{Shape, VolumeId};
+use crate::model::{MountOptions, Shape, Stop, Use, VolumeId};
 
 /// A volume to bring to this node's staging path.
 #[derive(Clone, Debug)]
@@ -28,8 +29,13 @@ impl Stage {
     pub fn parse(request: csi::NodeStageVolumeRequest, kubelet_dir: &Path) -> Result<Self> {
         let id = required("volume_id", request.volume_id)?;
         let staging = TargetPath::parse("staging_target_path", &request.staging_target_path, kubelet_dir)?;
-        let usage = Usage::parse(request.volume_capability.as_ref())?;
+        let usage = Usage::parse_for_node(request.volume_capability.as_ref())?;
         Ok(Self { id: known_id(&id)?, staging, read_only: usage.read_only(), usage })
+    }
+
+    /// What the volume will be used as.
+    pub fn wanted(&self, options: &MountOptions) -> Use {
+        used(&self.staging, Stop::Staged, &self.usage, options, self.read_only)
     }
 }
 
@@ -77,7 +83,11 @@ impl Publish {
     pub fn parse(request: csi::NodePublishVolumeRequest, kubelet_dir: &Path) -> Result<Self> {
         let id = required("volume_id", request.volume_id)?;
         let target = TargetPath::parse("target_path", &request.target_path, kubelet_dir)?;
-        let usage = Usage::parse(request.volume_capability.as_ref())?;
+        let usage = Usage::parse_for_node(request.volume_capability.as_ref())?;
+        if request.staging_target_path.is_empty() {
+            let (expected, found) = ("where the volume is staged".into(), "no path".into());
+            return Err(Error::State { what: "staging_target_path".into(), expected, found });
+        }
         let staging = TargetPath::parse("staging_target_path", &request.staging_target_path, kubelet_dir)?;
         if staging == target {
             return Err(Error::Invalid {
@@ -88,6 +98,11 @@ impl Publish {
         }
         let read_only = request.readonly || usage.read_only();
         Ok(Self { id: known_id(&id)?, staging, target, usage, read_only })
+    }
+
+    /// What the volume will be used as.
+    pub fn wanted(&self, options: &MountOptions) -> Use {
+        used(&self.target, Stop::Published(self.staging.absolute()), &self.usage, options, self.read_only)
     }
 
     /// Whether a block device is wanted.
@@ -124,8 +139,14 @@ pub struct NodeExpand {
     pub id: VolumeId,
     /// Where it is staged or published.
     pub path: TargetPath,
+    /// Where it is staged, when the caller says so.
+    pub staging: Option<TargetPath>,
     /// The least that it is to have, in bytes.
     pub least: u64,
+    /// The most, where there is a limit.
+    pub most: Option<u64>,
+    /// What the caller takes it for, when it says so.
+    pub usage: Option<Usage>,
 }
 
 impl NodeExpand {
@@ -136,12 +157,11 @@ impl NodeExpand {
     pub fn parse(request: csi::NodeExpandVolumeRequest, kubelet_dir: &Path) -> Result<Self> {
         let id = required("volume_id", request.volume_id)?;
         let path = required("volume_path", request.volume_path)?;
+        let (least, most) = range(request.capacity_range)?;
+        let usage = request.volume_capability.as_ref().map(|capability| Usage::parse(Some(capability))).transpose()?;
+        let staging = TargetPath::parse("staging_target_path", &request.staging_target_path, kubelet_dir).ok();
         let (id, path) = (known_id(&id)?, found_path(&path, kubelet_dir)?);
-        let least = request.capacity_range.map_or(0, |range| range.required_bytes).try_into().map_err(|_| {
-            let expected = "at least 0".into();
-            Error::Invalid { field: "capacity_range.required_bytes", value: "a negative number".into(), expected }
-        })?;
-        Ok(Self { id, path, least })
+        Ok(Self { id, path, staging, least, most, usage })
     }
 }
 
@@ -167,6 +187,11 @@ impl Stats {
         }
         Ok(Self { id, path: found_path(&path, kubelet_dir)? })
     }
+}
+
+fn used(path: &TargetPath, stop: Stop, usage: &Usage, options: &MountOptions, read_only: bool) -> Use {
+    let (path, options) = (path.absolute(), options.canonical());
+    Use { path, stop, access: usage.access, options, group: usage.group, read_only }
 }
 
 fn found_path(path: &str, kubelet_dir: &Path) -> Result<TargetPath> {

@@ -1,7 +1,7 @@
 //! Requests about snapshots and groups of them.
 
 use super::controller::name;
-use super::{List, known_id, known_snapshot, required, string};
+use super::{List, known_id, required, string};
 use crate::csi;
 use crate::error::{Error, Result};
 use crate::model::{GroupId, SnapshotId, VolumeId, printable};
@@ -102,5 +102,12 @@ impl TakeGroup {
 pub fn group_of(id: &str, snapshots: &[String]) -> Result<(GroupId, Vec<SnapshotId>)> {
     let id = required("group_snapshot_id", id.to_owned())?;
     let group = id.parse().map_err(|_| Error::NoSuchGroup { id: string(&id) })?;
-    Ok((group, snapshots.iter().map(|id| known_snapshot(id)).collect::<Result<Vec<_>>>()?))
+    if snapshots.is_empty() {
+        return Err(Error::Missing { field: "snapshot_ids" });
+    }
+    let member = |id: &String| {
+        let expected = || "an id of a snapshot".into();
+        id.parse().map_err(|_| Error::Invalid { field: "snapshot_ids", value: string(id), expected: expected() })
+    };
+    Ok((group, snapshots.iter().map(member).collect::<Result<Vec<_>>>()?))
 }

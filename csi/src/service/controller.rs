@@ -2,7 +2,8 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{Shared, refuse, signed, timestamp};
+use super::health::storage_of;
+use super::{Shared, offered, refuse, signed, timestamp};
 use crate::csi::controller_server::Controller;
 use crate::csi::controller_service_capability::{Rpc, Type, rpc};
 use crate::csi::validate_volume_capabilities_response::Confirmed;
@@ -19,7 +20,7 @@ use crate::csi::{
     list_snapshots_response, list_volumes_response,
 };
 use crate::error::Error;
-use crate::model::{self, BackendKind, Content, FsType, GRAIN, Record, Shape, Source, VolumeId};
+use crate::model::{self, Content, FsType, GRAIN, Record, Shape, Source, VolumeId};
 use crate::request::{self, known_id, known_snapshot};
 
 /// The controller service.
@@ -27,6 +28,19 @@ use crate::request::{self, known_id, known_snapshot};
 pub struct ControllerService(pub Shared);
 
 impl ControllerService {
+    // Someone who asks one node's driver for volumes of all nodes must not be led to believe that it could.
+    fn expands(&self) -> bool {
+        self.0.volumes.features().expand && !self.0.expand_on_node
+    }
+
+    fn modifies(&self) -> bool {
+        self.0.volumes.features().modify && !self.0.expand_on_node
+    }
+
+    fn snapshots(&self, call: &'static str) -> Result<(), Status> {
+        offered(self.0.volumes.features().snapshots, call, "no backend that is served has snapshots")
+    }
+
     fn volume(&self, record: Record) -> Volume {
         Volume {
             capacity_bytes: signed(record.size),
@@ -70,7 +84,10 @@ impl Controller for ControllerService {
         let guard = self.0.volumes.enter_name("volume", &create.name).map_err(refuse)?;
         // Only what is made from something may have to be copied.
         let record = match create.source {
-            Some(_) => self.0.run_long(guard, move |volumes| volumes.create(create)).await?,
+            Some(_) => {
+                let store = self.0.volumes.store(create.parameters.backend);
+                self.0.run_long(guard, store, move |volumes| volumes.create(create)).await?
+            }
             None => self.0.run(Some(guard), move |volumes| volumes.create(create)).await?,
         };
         Ok(Response::new(CreateVolumeResponse { volume: Some(self.volume(record)) }))
@@ -146,12 +163,16 @@ impl Controller for ControllerService {
     ) -> Result<Response<GetCapacityResponse>, Status> {
         let asked = request::Capacity::parse(&request.into_inner(), &self.0.node).map_err(refuse)?;
         let backend = asked.backend;
-        let (available, largest) = match asked.here {
-            true => self.0.run(None, move |volumes| volumes.available(backend)).await?,
+        // A class may be for other nodes' drivers, which serve other backends.
+        let (available, largest) = match asked.here && backend.is_none_or(|kind| self.0.volumes.serves(kind)) {
+            true => {
+                let what = storage_of(backend.unwrap_or_default());
+                self.0.probe(&what, move |volumes| volumes.available(backend)).await?
+            }
             false => (0, 0),
         };
         let (available, largest) = (available / GRAIN * GRAIN, largest / GRAIN * GRAIN);
-        let device = matches!(backend, None | Some(BackendKind::Image | BackendKind::Raw));
+        let device = backend.unwrap_or_default().has_device();
         // A volume is at least of the smallest filesystem's size; of which, the class's capability says.
         let least = asked.shape.map(|shape| match shape {
             Shape::Mount(Some(fs)) if device => Content::Filesystem(fs).min_size(),
@@ -182,15 +203,13 @@ impl Controller for ControllerService {
             GetVolumeHealth,
             ListVolumeHealth,
         ];
-        let features = self.0.volumes.features();
-        if features.snapshots {
+        if self.0.volumes.features().snapshots {
             types.extend([CreateDeleteSnapshot, ListSnapshots, GetSnapshot, CloneVolume]);
         }
-        // Someone who asks one node's driver for volumes of all nodes must not be led to believe that it could.
-        if features.expand && !self.0.expand_on_node {
+        if self.expands() {
             types.push(ExpandVolume);
         }
-        if features.modify && !self.0.expand_on_node {
+        if self.modifies() {
             types.push(ModifyVolume);
         }
         let capability =
@@ -203,9 +222,11 @@ impl Controller for ControllerService {
         &self,
         request: Request<CreateSnapshotRequest>,
     ) -> Result<Response<CreateSnapshotResponse>, Status> {
+        self.snapshots("CreateSnapshot")?;
         let take = request::Take::parse(request.into_inner()).map_err(refuse)?;
         let guard = self.0.volumes.enter_name("snapshot", &take.name).map_err(refuse)?;
-        let taken = self.0.run_long(guard, move |volumes| volumes.take(&take)).await?;
+        let store = self.0.volumes.store_of(&take.volume);
+        let taken = self.0.run_long(guard, store, move |volumes| volumes.take(&take)).await?;
         Ok(Response::new(CreateSnapshotResponse { snapshot: Some(snapshot(&self.0, taken)) }))
     }
 
@@ -213,6 +234,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<DeleteSnapshotRequest>,
     ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        self.snapshots("DeleteSnapshot")?;
         let id = request.into_inner().snapshot_id;
         if id.is_empty() {
             return Err(refuse(Error::Missing { field: "snapshot_id" }));
@@ -227,6 +249,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<ListSnapshotsRequest>,
     ) -> Result<Response<ListSnapshotsResponse>, Status> {
+        self.snapshots("ListSnapshots")?;
         let list = request::ListSnapshots::parse(&request.into_inner()).map_err(refuse)?;
         let (page, token) = self.0.volumes.snapshots(&list);
         let entry = |found| list_snapshots_response::Entry { snapshot: Some(snapshot(&self.0, found)) };
@@ -238,6 +261,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<GetSnapshotRequest>,
     ) -> Result<Response<GetSnapshotResponse>, Status> {
+        self.snapshots("GetSnapshot")?;
         let id = request.into_inner().snapshot_id;
         if id.is_empty() {
             return Err(refuse(Error::Missing { field: "snapshot_id" }));
@@ -250,6 +274,11 @@ impl Controller for ControllerService {
         &self,
         request: Request<ControllerExpandVolumeRequest>,
     ) -> Result<Response<ControllerExpandVolumeResponse>, Status> {
+        offered(
+            self.expands(),
+            "ControllerExpandVolume",
+            "no backend that is served grows, or nodes expand by themselves",
+        )?;
         let expand = request::Expand::parse(request.into_inner()).map_err(refuse)?;
         let guard = self.0.volumes.enter(&expand.id).map_err(refuse)?;
         let (size, node) = self.0.run(Some(guard), move |volumes| volumes.expand(&expand)).await?;
@@ -275,6 +304,11 @@ impl Controller for ControllerService {
         &self,
         request: Request<ControllerModifyVolumeRequest>,
     ) -> Result<Response<ControllerModifyVolumeResponse>, Status> {
+        offered(
+            self.modifies(),
+            "ControllerModifyVolume",
+            "no backend that is served can, or one driver is asked for all",
+        )?;
         let modify = request::Modify::parse(request.into_inner()).map_err(refuse)?;
         let guard = self.0.volumes.enter(&modify.id).map_err(refuse)?;
         self.0.run(Some(guard), move |volumes| volumes.modify(&modify)).await?;
@@ -288,10 +322,7 @@ impl Controller for ControllerService {
         let request = request.into_inner();
         let list = request::List::parse(request.max_entries, &request.starting_token).map_err(refuse)?;
         let (page, token) = self.0.volumes.list(list);
-        let mut entries = Vec::with_capacity(page.len());
-        for record in page {
-            entries.push(self.0.health(&record.id).await?);
-        }
+        let entries = self.0.health_of_all(page.into_iter().map(|record| record.id).collect()).await?;
         Ok(Response::new(ControllerListVolumeHealthResponse { entries, next_token: token.unwrap_or_default() }))
     }
 

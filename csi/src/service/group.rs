@@ -14,6 +14,7 @@ use crate::csi::{
 };
 use crate::model::{GroupId, Snapshot};
 use crate::request::{TakeGroup, group_of};
+use crate::state::Store;
 
 /// The group controller service.
 #[derive(Clone)]
@@ -48,7 +49,8 @@ impl GroupController for GroupService {
     ) -> Result<Response<CreateVolumeGroupSnapshotResponse>, Status> {
         let take = TakeGroup::parse(request.into_inner()).map_err(refuse)?;
         let guard = self.0.volumes.enter_name("group", &take.name).map_err(refuse)?;
-        let (id, snapshots) = self.0.run_long(guard, move |volumes| volumes.take_group(&take)).await?;
+        let store = take.volumes.first().map_or(Store::Pool, |id| self.0.volumes.store_of(id));
+        let (id, snapshots) = self.0.run_long(guard, store, move |volumes| volumes.take_group(&take)).await?;
         Ok(Response::new(CreateVolumeGroupSnapshotResponse { group_snapshot: Some(self.group(&id, snapshots)) }))
     }
 

@@ -28,15 +28,20 @@ fn snapshot(field: &'static str, id: &str) -> Result<SnapshotId> {
     if id.is_empty() { Err(Error::Missing { field }) } else { known_snapshot(id) }
 }
 
-fn from(field: &'static str, value: i64) -> Result<u64> {
-    value.try_into().map_err(|_| Error::Invalid { field, value: value.to_string(), expected: "at least 0".into() })
+fn offset(value: i64) -> Result<u64> {
+    let why = || format!("starting_offset: {value} is negative");
+    value.try_into().map_err(|_| Error::OutOfRange { wanted: 0, why: why() })
 }
 
 /// The ranges, in messages of at most so many. One without any says that there are none.
 fn messages(ranges: Vec<Range>, most: i32) -> Result<Vec<Vec<BlockMetadata>>> {
-    let most = match from("max_results", most.into())? {
-        0 => MOST,
-        most => usize::try_from(most).unwrap_or(MOST).min(MOST),
+    let most = match usize::try_from(most) {
+        Ok(0) => MOST,
+        Ok(most) => most.min(MOST),
+        Err(_) => {
+            let expected = "at least 0".into();
+            return Err(Error::Invalid { field: "max_results", value: most.to_string(), expected });
+        }
     };
     let block = |range: &Range| BlockMetadata { byte_offset: signed(range.offset), size_bytes: signed(range.length) };
     if ranges.is_empty() {
@@ -56,7 +61,7 @@ impl SnapshotMetadata for MetadataService {
     ) -> std::result::Result<Response<Self::GetMetadataAllocatedStream>, Status> {
         let request = request.into_inner();
         let id = snapshot("snapshot_id", &request.snapshot_id).map_err(refuse)?;
-        let start = from("starting_offset", request.starting_offset).map_err(refuse)?;
+        let start = offset(request.starting_offset).map_err(refuse)?;
         let (size, ranges) = self.0.run(None, move |volumes| volumes.allocated(&id, start)).await?;
         let answer = move |block_metadata| {
             Ok(GetMetadataAllocatedResponse {
@@ -76,7 +81,7 @@ impl SnapshotMetadata for MetadataService {
         let request = request.into_inner();
         let base = snapshot("base_snapshot_id", &request.base_snapshot_id).map_err(refuse)?;
         let target = snapshot("target_snapshot_id", &request.target_snapshot_id).map_err(refuse)?;
-        let start = from("starting_offset", request.starting_offset).map_err(refuse)?;
+        let start = offset(request.starting_offset).map_err(refuse)?;
         let (size, ranges) = self.0.run(None, move |volumes| volumes.changed(&base, &target, start)).await?;
         let answer = move |block_metadata| {
             Ok(GetMetadataDeltaResponse {

@@ -7,6 +7,7 @@ mod identity;
 mod metadata;
 mod node;
 mod register;
+mod slots;
 
 pub use controller::ControllerService;
 pub use group::GroupService;
@@ -14,16 +15,16 @@ pub use identity::IdentityService;
 pub use metadata::MetadataService;
 pub use node::NodeService;
 pub use register::RegistrationService;
+pub use slots::Slots;
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
 use tonic::Status;
 
 use crate::error::{Error, Result};
 use crate::model::VolumeId;
 use crate::ops::{PATIENCE, Volumes, hung};
-use crate::state::Guard;
+use crate::state::{Guard, Store};
 use crate::{TOPOLOGY_KEY, csi};
 
 /// What the services share.
@@ -36,7 +37,7 @@ pub struct Shared {
     /// The kubelet's directory: no target lies elsewhere.
     pub kubelet_dir: Arc<std::path::Path>,
     /// Slots for what takes long: mkfs and copies.
-    pub long_slots: Arc<Semaphore>,
+    pub long_slots: Slots,
     /// The most volumes that the scheduler is to bring to this node; 0 for no limit.
     pub max_volumes: i64,
     /// Whether callers of the controller service are told that only nodes expand and modify: one of them speaks for all
@@ -71,7 +72,7 @@ impl Shared {
         act: impl FnOnce(&Volumes) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, Status> {
         let guard = self.volumes.enter(id).map_err(refuse)?;
-        let noted = self.volumes.probes.note(id);
+        let noted = self.volumes.probes.note(id.as_str());
         self.run(Some(guard), move |volumes| {
             let _noted = noted;
             act(volumes)
@@ -79,32 +80,29 @@ impl Shared {
         .await
     }
 
-    /// Like [`Shared::run`], for what may take long: it waits for one of a few slots, and goes on without its caller.
+    /// Like [`Shared::run`], for what may take long: it waits for one of a few slots of its store, and goes on without its
+    /// caller.
     async fn run_long<T: Send + 'static>(
         &self,
         guard: Guard,
+        store: Store,
         act: impl FnOnce(&Volumes) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, Status> {
         let (volumes, slots) = (self.volumes.clone(), self.long_slots.clone());
         let task = tokio::spawn(async move {
             let _guard = guard;
-            let closed = |_| Error::io("wait for a slot", std::io::Error::other("the driver is stopping"));
-            let _slot = slots.acquire().await.map_err(closed)?;
-            match tokio::task::spawn_blocking(move || act(&volumes)).await {
-                Ok(outcome) => outcome,
-                Err(error) => Err(Error::io("run an operation", std::io::Error::other(error))),
-            }
+            slots.run(store, move || act(&volumes)).await
         });
         finished(task.await)
     }
 
-    /// Looks at a volume, for so long only; a volume that does not answer holds up nobody else.
+    /// Looks at a volume, or at what volumes are stored in, for so long only; what does not answer holds up nobody else.
     async fn probe<T: Send + 'static>(
         &self,
-        id: &VolumeId,
+        what: &str,
         act: impl FnOnce(&Volumes) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, Status> {
-        let probe = self.volumes.probes.begin(id).map_err(refuse)?;
+        let probe = self.volumes.probes.begin(what).map_err(refuse)?;
         let volumes = self.volumes.clone();
         let task = tokio::task::spawn_blocking(move || {
             let _probe = probe;
@@ -112,7 +110,7 @@ impl Shared {
         });
         match tokio::time::timeout(PATIENCE, task).await {
             Ok(outcome) => finished(outcome),
-            Err(_) => Err(refuse(hung(id, PATIENCE))),
+            Err(_) => Err(refuse(hung(what, PATIENCE))),
         }
     }
 }
@@ -136,6 +134,11 @@ fn timestamp(nanoseconds: u64) -> prost_types::Timestamp {
     let part = 1_000_000_000;
     // Both fit: there are less than 2^30 nanoseconds in a second, and less than 2^63 seconds in a u64 of nanoseconds.
     prost_types::Timestamp { seconds: (nanoseconds / part) as i64, nanos: (nanoseconds % part) as i32 }
+}
+
+/// Refuses a call whose capability is not advertised, whatever it is about.
+fn offered(is: bool, call: &'static str, why: &'static str) -> std::result::Result<(), Status> {
+    if is { Ok(()) } else { Err(refuse(Error::NotOffered { call, why })) }
 }
 
 fn refuse(error: Error) -> Status {

@@ -3,7 +3,7 @@
 use tonic::{Request, Response, Status};
 
 use super::health::storage;
-use super::{Shared, finished, refuse, signed};
+use super::{Shared, finished, offered, refuse, signed};
 use crate::backend::Usage;
 use crate::csi::node_get_storage_health_response::StorageBackendHealth;
 use crate::csi::node_server::Node;
@@ -95,7 +95,7 @@ impl Node for NodeService {
             request::Stats::parse(request.volume_id, request.volume_path, &self.0.kubelet_dir).map_err(refuse)?;
         let id = self.0.volumes.by_handle(&stats.id).map_err(refuse)?;
         // Not guarded: asking changes nothing, and must not get in the way of what does.
-        let (bytes, inodes) = self.0.probe(&id, move |volumes| volumes.stats(&stats)).await?;
+        let (bytes, inodes) = self.0.probe(id.as_str(), move |volumes| volumes.stats(&stats)).await?;
         let usage = |usage: Usage, unit: Unit| VolumeUsage {
             available: signed(usage.available),
             total: signed(usage.total),
@@ -136,9 +136,10 @@ impl Node for NodeService {
         &self,
         request: Request<NodeExpandVolumeRequest>,
     ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
+        offered(self.0.volumes.features().expand, "NodeExpandVolume", "no backend that is served grows")?;
         let expand = request::NodeExpand::parse(request.into_inner(), &self.0.kubelet_dir).map_err(refuse)?;
-        let id = expand.id.clone();
-        let size = self.0.run_on(&id, move |volumes| volumes.node_expand(&expand)).await?;
+        let guard = self.0.volumes.enter(&expand.id).map_err(refuse)?;
+        let size = self.0.run(Some(guard), move |volumes| volumes.node_expand(&expand)).await?;
         Ok(Response::new(NodeExpandVolumeResponse { capacity_bytes: signed(size) }))
     }
 
@@ -160,7 +161,7 @@ impl Node for NodeService {
         &self,
         _: Request<NodeGetStorageHealthRequest>,
     ) -> Result<Response<NodeGetStorageHealthResponse>, Status> {
-        let findings = self.0.run(None, |volumes| Ok(volumes.storage_health())).await?;
+        let findings = self.0.storage_health().await?;
         let entry = |finding: crate::ops::Finding| StorageBackendHealth {
             status: storage(finding.severity) as i32,
             reason: finding.reason.into(),
@@ -199,12 +200,10 @@ async fn steps(shared: &Shared, stage: request::Stage) -> crate::error::Result<(
     let volumes = shared.volumes.clone();
     let Some(mut staging) = blocking(move || volumes.stage(stage)).await? else { return Ok(()) };
     if staging.needs_format() {
-        let closed = |_| Error::io("wait for a mkfs", std::io::Error::other("the driver is stopping"));
-        let _slot = shared.long_slots.acquire().await.map_err(closed)?;
-        let volumes = shared.volumes.clone();
-        staging = blocking(move || volumes.format(staging)).await?;
+        let (volumes, store) = (shared.volumes.clone(), shared.volumes.store_of(staging.id()));
+        staging = shared.long_slots.run(store, move || volumes.format(staging)).await?;
     }
-    let (volumes, _noted) = (shared.volumes.clone(), shared.volumes.probes.note(staging.id()));
+    let (volumes, _noted) = (shared.volumes.clone(), shared.volumes.probes.note(staging.id().as_str()));
     blocking(move || volumes.finish(staging)).await
 }
 

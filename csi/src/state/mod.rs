@@ -6,6 +6,7 @@
 //! journal           intents that were begun, and which of them ended
 //! volumes/<id>.json one record a volume
 //! snapshots/<id>.json one record a snapshot
+//! uses/<id>.json   where a volume is staged and published, of this boot
 //! ```
 
 mod durable;
@@ -13,9 +14,11 @@ mod guard;
 mod journal;
 mod promises;
 mod records;
+mod uses;
 
 pub use durable::{lock_directory, write_durably};
 pub use guard::{Guard, Guards};
 pub use journal::{Intent, Journal, Open};
 pub use promises::{Promise, Promises, Store};
 pub use records::{Entry, Records};
+pub use uses::Uses;

@@ -81,6 +81,18 @@ pub fn zero(device: &File, at: u64, length: u64) -> Result<()> {
     Ok(())
 }
 
+/// How many requests a device has completed: reads, writes, discards and flushes.
+pub fn completed(dev: Dev) -> Option<u64> {
+    requests(&std::fs::read_to_string(format!("/sys/dev/block/{dev}/stat")).ok()?)
+}
+
+/// Documentation/block/stat.rst: each kind's count is the first of its group of four; that of flushes is the 16th.
+fn requests(stat: &str) -> Option<u64> {
+    let fields: Vec<u64> = stat.split_whitespace().map(|field| field.parse().ok()).collect::<Option<_>>()?;
+    let at = |n: usize| fields.get(n).copied().unwrap_or(0);
+    (fields.len() >= 8).then(|| at(0) + at(4) + at(11) + at(15))
+}
+
 /// What a device is known by wherever it turns up next: its own identifier, or of a partition its disk's with the
 /// partition's number. `None` for a device that has none.
 pub fn identity(dev: Dev) -> Option<String> {

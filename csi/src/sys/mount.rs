@@ -91,16 +91,9 @@ fn kernel_log(context: &OwnedFd) -> String {
 }
 
 /// A second mount of what is mounted or stands at `source` (an `O_PATH` descriptor).
-///
-/// # Errors
-/// [`Error::Io`].
-pub fn bind(source: impl AsFd, read_only: bool, what: &Path) -> Result<Detached> {
+fn bind(source: impl AsFd, what: &Path) -> Result<Detached> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let mount = open_tree(source, "", flags).context(|| format!("clone the mount of {}", what.display()))?;
-    if read_only {
-        set(&mount, libc::MOUNT_ATTR_RDONLY, 0).context(|| format!("make a mount of {} read-only", what.display()))?;
-    }
-    Ok(Detached(mount))
+    open_tree(source, "", flags).map(Detached).context(|| format!("clone the mount of {}", what.display()))
 }
 
 /// A mount of the node of a device, which has to have this number.
@@ -117,15 +110,16 @@ pub fn node(path: &Path, device: Dev) -> Result<Detached> {
         let (expected, found) = (format!("device {device}"), format!("device {found}"));
         return Err(Error::State { what: path.display().to_string(), expected, found });
     }
-    bind(&node, false, path)
+    bind(&node, path)
 }
 
-/// A mount of its own of a directory of the host's, with the options of a volume's.
+/// A mount of its own of a directory, or of what is mounted there, with the options of a volume's as far as they are a
+/// mount's. What the mount below refuses, as writes or programs, this one refuses as well.
 ///
 /// # Errors
 /// [`Error::Io`].
 pub fn directory(source: impl AsFd, options: &MountOptions, read_only: bool, what: &Path) -> Result<Detached> {
-    let Detached(mount) = bind(source, false, what)?;
+    let Detached(mount) = bind(source, what)?;
     set(&mount, attributes(options, read_only).bits().into(), libc::MOUNT_ATTR__ATIME)
         .context(|| format!("set the options of a mount of {}", what.display()))?;
     Ok(Detached(mount))

@@ -141,6 +141,13 @@ impl Driver {
         self
     }
 
+    /// With another value of a flag from its next start on.
+    pub fn set(&mut self, flag: &str, value: &str) {
+        let flag = format!("{flag}=");
+        self.args.retain(|arg| !arg.starts_with(&flag));
+        self.args.push(flag + value);
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -314,6 +321,7 @@ impl Driver {
         assert!(self.loops().is_empty(), "loop devices are left\n{}", self.log());
         assert_eq!(list(&self.path("pool")), [self.path("pool/.keelway-pool")], "images are left\n{}", self.log());
         assert_eq!(self.records(), Vec::<PathBuf>::new(), "records are left\n{}", self.log());
+        assert_eq!(list(&self.path("state/uses")), Vec::<PathBuf>::new(), "uses are left\n{}", self.log());
         assert_eq!(list(&self.path("state/snapshots")), Vec::<PathBuf>::new(), "snapshots are left\n{}", self.log());
         assert_eq!(list(&self.path("kubelet/pods")), Vec::<PathBuf>::new(), "targets are left\n{}", self.log());
     }
@@ -376,6 +384,11 @@ pub fn block() -> VolumeCapability {
 fn capability(access_type: AccessType) -> VolumeCapability {
     let access_mode = Some(AccessMode { mode: Mode::SingleNodeWriter as i32 });
     VolumeCapability { access_type: Some(access_type), access_mode }
+}
+
+/// The same for another access mode.
+pub fn as_mode(mode: Mode, of: &VolumeCapability) -> VolumeCapability {
+    VolumeCapability { access_mode: Some(AccessMode { mode: mode as i32 }), ..of.clone() }
 }
 
 pub fn create(
