@@ -40,11 +40,12 @@ impl Volumes {
                 Err(error) => {
                     report.left.push(format!("{intent:?}: {error}"));
                     // Only of what nobody knows nobody would ask for again.
-                    !matches!(intent, Intent::Create { .. } | Intent::Snapshot { .. } | Intent::Expand { .. })
+                    use Intent::{Create, Expand, Group, Snapshot};
+                    !matches!(intent, Create { .. } | Snapshot { .. } | Expand { .. } | Group { .. })
                 }
             };
             if settled {
-                self.journal.settle(&intent)?;
+                self.journal.settle(&intent);
             }
         }
         let records = self.records.all();

@@ -15,7 +15,17 @@ use crate::error::{Context, Error, Result};
 /// # Errors
 /// [`Error::Io`]; the old content is there still.
 pub fn write_durably(directory: &Path, name: &str, content: &[u8]) -> Result<()> {
-    let (path, beside) = (directory.join(name), directory.join(format!("{name}.tmp")));
+    let beside = directory.join(format!("{name}.tmp"));
+    let written = write(directory, name, &beside, content);
+    if written.is_err() {
+        // What there is of it takes room, of which there may be none.
+        let _ = std::fs::remove_file(&beside);
+    }
+    written
+}
+
+fn write(directory: &Path, name: &str, beside: &Path, content: &[u8]) -> Result<()> {
+    let path = directory.join(name);
     let what = || format!("write {}", path.display());
     let mut file = OpenOptions::new()
         .write(true)
@@ -23,10 +33,10 @@ pub fn write_durably(directory: &Path, name: &str, content: &[u8]) -> Result<()>
         .truncate(true)
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW)
-        .open(&beside)
+        .open(beside)
         .context(what)?;
     file.write_all(content).and_then(|()| file.sync_all()).context(what)?;
-    std::fs::rename(&beside, &path).context(what)?;
+    std::fs::rename(beside, &path).context(what)?;
     sync_directory(directory)
 }
 

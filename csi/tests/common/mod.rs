@@ -82,6 +82,17 @@ impl Driver {
         Some(driver)
     }
 
+    /// With its state on an ext4 of its own, with this many MiB.
+    pub fn state_on(self, mebibytes: u64) -> Self {
+        let (image, state) = (self.path("state.disk"), self.path("state"));
+        std::fs::create_dir(&state).unwrap();
+        std::fs::File::create(&image).unwrap().set_len(mebibytes << 20).unwrap();
+        let (image, state) = (image.to_str().unwrap(), state.to_str().unwrap());
+        run("mkfs.ext4", &["-q", image]);
+        run("mount", &["-o", "loop", image, state]);
+        self
+    }
+
     /// With disks of its own, for the raw backend.
     pub fn disks(mut self, count: usize, mebibytes: u64) -> Self {
         for n in self.disks.len()..self.disks.len() + count {
@@ -295,7 +306,8 @@ impl Driver {
     pub fn mounts(&self) -> Vec<PathBuf> {
         let root = self.dir.path().canonicalize().unwrap();
         let mounts = mountinfo::read().unwrap().into_iter().map(|mount| mount.target);
-        mounts.filter(|target| target.starts_with(&root) && *target != root.join("pool")).collect()
+        let own = [root.join("pool"), root.join("state")];
+        mounts.filter(|target| target.starts_with(&root) && !own.contains(target)).collect()
     }
 
     /// Loop devices on our images.
@@ -345,8 +357,10 @@ impl Drop for Driver {
         for disk in &self.disks {
             let _ = Command::new("losetup").args(["--detach", disk]).output();
         }
-        if self.path("pool.disk").exists() {
-            let _ = rustix::mount::unmount(self.path("pool"), rustix::mount::UnmountFlags::DETACH);
+        for name in ["pool", "state"] {
+            if self.path(&format!("{name}.disk")).exists() {
+                let _ = rustix::mount::unmount(self.path(name), rustix::mount::UnmountFlags::DETACH);
+            }
         }
         if std::thread::panicking() {
             eprintln!("--- the driver's log\n{}", self.log());

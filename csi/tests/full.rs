@@ -1,0 +1,204 @@
+//! Disks without a free byte under the driver's state, and journals as power cuts and older builds leave them.
+//!
+//! `cargo test -p keelway-csi --test full -- --ignored`, as root.
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+
+use common::{Calls, Driver, MIB, create, mount};
+use keelway_csi::csi;
+use keelway_csi::csi::volume_capability::access_mode::Mode;
+use sha2::{Digest, Sha256};
+use tonic::Code;
+
+/// Takes all that there is of a filesystem, down to the last byte.
+fn fill(directory: &Path) -> std::path::PathBuf {
+    let path = directory.join("filling");
+    let mut file = File::create(&path).unwrap();
+    for size in [1 << 20, 64 << 10, 4096, 512, 1] {
+        while file.write_all(&vec![7; size]).and_then(|()| file.sync_all()).is_ok() {}
+    }
+    path
+}
+
+async fn made(driver: &Driver, name: &str) -> Calls {
+    let mut capability = mount("ext4");
+    capability.access_mode.as_mut().unwrap().mode = Mode::SingleNodeMultiWriter as i32;
+    let request = create(name, 16 * MIB, &capability, &[]);
+    let id = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap().volume_id;
+    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
+    Calls { staging, target, ..Calls::new(driver, &id, capability) }
+}
+
+async fn bring(driver: &Driver, calls: &Calls) {
+    let mut node = driver.node().await;
+    node.node_stage_volume(calls.stage()).await.unwrap();
+    node.node_publish_volume(calls.publish()).await.unwrap();
+}
+
+async fn end(driver: &Driver, calls: &Calls) {
+    let mut node = driver.node().await;
+    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
+    node.node_unstage_volume(calls.unstage()).await.unwrap();
+    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+}
+
+fn mounted(driver: &Driver, target: &str) -> bool {
+    driver.mounts().contains(&Path::new(target).canonicalize().unwrap_or_default())
+}
+
+/// A line of the journal, as older builds write it, too.
+fn line(json: &str) -> String {
+    let digest: String = Sha256::digest(json)[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{digest} {json}\n")
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn what_gives_room_is_never_refused_for_want_of_it() {
+    let mut driver = Driver::new().state_on(16);
+    driver.start();
+    let (first, second) = (made(&driver, "first").await, made(&driver, "second").await);
+    bring(&driver, &first).await;
+    bring(&driver, &second).await;
+    let filling = fill(&driver.path("state"));
+    let mut node = driver.node().await;
+    // More than the journal has room for, so that it is written anew.
+    for n in 0..700 {
+        if n == 350 {
+            driver.kill();
+            driver.start();
+            node = driver.node().await;
+        }
+        node.node_unpublish_volume(first.unpublish()).await.unwrap_or_else(|error| panic!("{n}: {error}"));
+        node.node_publish_volume(first.publish()).await.unwrap_or_else(|error| panic!("{n}: {error}"));
+    }
+    let refused = driver.controller().await.create_volume(create("third", 16 * MIB, &mount("ext4"), &[])).await;
+    assert_eq!(refused.unwrap_err().code(), Code::ResourceExhausted);
+    end(&driver, &first).await;
+    driver.kill();
+    driver.start();
+    end(&driver, &second).await;
+    fs::remove_file(filling).unwrap();
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn what_was_answered_outlives_a_full_disk_and_a_kill() {
+    let mut driver = Driver::new().state_on(16);
+    driver.start();
+    let calls = made(&driver, "first").await;
+    bring(&driver, &calls).await;
+    let mut node = driver.node().await;
+    let mut published = Vec::new();
+    for round in 0..6 {
+        let filling = fill(&driver.path("state"));
+        // Intents of all lengths, so that one fits and its end does not, where there is an end to the room.
+        let mut length = 160;
+        for n in 0..30 {
+            let target_path = driver.kubelet(&format!("pods/{round}-{n}-{}", "x".repeat(length)));
+            let publish = csi::NodePublishVolumeRequest { target_path, ..calls.publish() };
+            match node.node_publish_volume(publish.clone()).await {
+                Ok(_) => published.push(publish.target_path),
+                Err(error) => {
+                    assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+                    length = length.saturating_sub(8);
+                }
+            }
+        }
+        fs::remove_file(filling).unwrap();
+        let target_path = driver.kubelet(&format!("pods/{round}"));
+        let publish = csi::NodePublishVolumeRequest { target_path, ..calls.publish() };
+        node.node_publish_volume(publish.clone()).await.unwrap();
+        published.push(publish.target_path);
+    }
+    driver.kill();
+    driver.start();
+    let mut node = driver.node().await;
+    for target in &published {
+        assert!(mounted(&driver, target), "{target}: taken from a pod that has it\n{}", driver.log());
+    }
+    for target in published {
+        let unpublish = csi::NodeUnpublishVolumeRequest { target_path: target, ..calls.unpublish() };
+        node.node_unpublish_volume(unpublish).await.unwrap();
+    }
+    end(&driver, &calls).await;
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn a_group_that_fails_halfway_leaves_nothing() {
+    let mut driver = Driver::new().state_on(16);
+    driver.start();
+    let (first, second) = (made(&driver, "first").await, made(&driver, "second").await);
+    let filling = fill(&driver.path("state"));
+    let take = csi::CreateVolumeGroupSnapshotRequest {
+        name: "g".into(),
+        source_volume_ids: vec![first.id.clone(), second.id.clone()],
+        ..Default::default()
+    };
+    let mut groups = driver.groups().await;
+    // The snapshots can be taken, but not written down.
+    let refused = groups.create_volume_group_snapshot(take.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    let left = |driver: &Driver| {
+        common::list(&driver.path("pool")).into_iter().filter(|it| it.extension().is_some_and(|e| e == "snap")).count()
+    };
+    assert_eq!(left(&driver), 0, "a snapshot is left");
+    fs::remove_file(filling).unwrap();
+    let group = groups.create_volume_group_snapshot(take).await.unwrap().into_inner().group_snapshot.unwrap();
+    assert_eq!(left(&driver), 2);
+    let delete = csi::DeleteVolumeGroupSnapshotRequest {
+        group_snapshot_id: group.group_snapshot_id,
+        snapshot_ids: group.snapshots.into_iter().map(|snapshot| snapshot.snapshot_id).collect(),
+        ..Default::default()
+    };
+    groups.delete_volume_group_snapshot(delete).await.unwrap();
+    for calls in [first, second] {
+        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    }
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn a_journal_of_an_older_build_or_of_a_power_cut_is_carried_on_with() {
+    let mut driver = Driver::new().state_on(16);
+    driver.start();
+    let calls = made(&driver, "first").await;
+    bring(&driver, &calls).await;
+    let second = driver.kubelet("pods/second");
+    driver
+        .node()
+        .await
+        .node_publish_volume(csi::NodePublishVolumeRequest { target_path: second.clone(), ..calls.publish() })
+        .await
+        .unwrap();
+    let id = &calls.id;
+    let begin = |seq: u64, path: &str| {
+        line(&format!(r#"{{"begin":{{"seq":{seq},"intent":{{"op":"publish","id":"{id}","path":"{path}"}}}}}}"#))
+    };
+    let ended = line(r#"{"end":{"seq":5}}"#);
+    let (first_line, open) = (begin(5, &calls.target), begin(6, &second));
+    let torn = [&first_line.as_bytes()[..40], &[0; 512], b"tail of a line\n"].concat();
+    let journal =
+        [first_line.as_bytes(), ended.as_bytes(), &torn, open.as_bytes(), &first_line.as_bytes()[..30]].concat();
+    driver.kill();
+    fs::write(driver.path("state/journal"), journal).unwrap();
+    let _ = fs::remove_file(driver.path("state/journal.spare"));
+    let filling = fill(&driver.path("state"));
+    // Though there is no room, and lines that were never synced are damaged, with others behind them.
+    driver.start();
+    assert!(mounted(&driver, &calls.target), "{}", driver.log());
+    assert!(!Path::new(&second).exists(), "what was open is undone\n{}", driver.log());
+    fs::remove_file(filling).unwrap();
+    driver.kill();
+    driver.start();
+    end(&driver, &calls).await;
+    driver.assert_clean();
+}
