@@ -6,7 +6,10 @@ use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::{Group, GroupId, Nonce, Record, Snapshot, SnapshotId};
 use crate::request::TakeGroup;
-use crate::state::Intent;
+use crate::state::{Intent, Open};
+
+/// A snapshot that is about to be taken.
+type Plan = (SnapshotId, Nonce, Open);
 
 impl Volumes {
     /// Takes snapshots of volumes at one moment, or finds those of that name. The caller has the name's guard.
@@ -14,6 +17,7 @@ impl Volumes {
     /// # Errors
     /// As for a single snapshot; then there is none of the group.
     pub fn take_group(&self, request: &TakeGroup) -> Result<(GroupId, Vec<Snapshot>)> {
+        self.settle_groups(&request.name)?;
         let known = self.members(|group| group.name == request.name);
         if let Some(Group { id, .. }) = known.first().and_then(|snapshot| snapshot.group.clone()) {
             let mut has: Vec<_> = known.iter().map(|snapshot| snapshot.volume.clone()).collect();
@@ -62,28 +66,51 @@ impl Volumes {
         let (at, inodes) = match taken {
             Ok(taken) => taken,
             Err(error) => {
-                for ((id, nonce, open), (_, backend)) in plans.into_iter().zip(members) {
-                    if let Err(undo) = self.undo_take(*backend, &id, &nonce) {
-                        tracing::error!(%id, %undo, "a snapshot that failed could not be removed; the next start will try");
-                        open.keep();
-                    }
+                for (plan, (_, backend)) in plans.into_iter().zip(members) {
+                    self.undo_plan(*backend, plan);
                 }
                 return Err(error);
             }
         };
-        let mut snapshots = Vec::with_capacity(members.len());
-        for (((id, nonce, _open), inode), (record, backend)) in plans.into_iter().zip(inodes).zip(members) {
+        // After the first that fails none counts: those before it have records, by which they are removed.
+        let mut outcome = Ok(Vec::with_capacity(members.len()));
+        for ((plan, inode), (record, backend)) in plans.into_iter().zip(inodes).zip(members) {
+            let Ok(snapshots) = &mut outcome else {
+                self.undo_plan(*backend, plan);
+                continue;
+            };
+            let (id, nonce, _) = &plan;
             let name = format!("{}/{}", group.name, record.id);
             let picture = Picture { id: id.clone(), nonce: nonce.clone(), inode };
             match self.keep(record, picture, name, at, Some(group.clone())) {
                 Ok(snapshot) => snapshots.push(snapshot),
                 Err(error) => {
-                    self.undo_take(*backend, &id, &nonce)?;
-                    return Err(error);
+                    self.undo_plan(*backend, plan);
+                    outcome = Err(error);
                 }
             }
         }
-        Ok(snapshots)
+        outcome
+    }
+
+    fn undo_plan(&self, backend: &dyn Backend, (id, nonce, open): Plan) {
+        if let Err(undo) = self.undo_take(backend, &id, &nonce) {
+            tracing::error!(%id, %undo, "a snapshot that failed could not be removed; the next start will try");
+            open.keep();
+        }
+    }
+
+    /// Removes what is left of groups of this name that failed, and could not be removed then. The caller has its guard.
+    fn settle_groups(&self, name: &str) -> Result<()> {
+        let mut ids: Vec<_> = self.members(|group| group.name == name).into_iter().filter_map(|it| it.group).collect();
+        ids.dedup_by(|one, other| one.id == other.id);
+        for group in ids {
+            for intent in self.journal.open_ones(|it| matches!(it, Intent::Group { id, .. } if *id == group.id)) {
+                self.drop_members(&group.id)?;
+                self.journal.settle(&intent);
+            }
+        }
+        Ok(())
     }
 
     /// Takes all while all are held still.
@@ -92,8 +119,10 @@ impl Volumes {
         members: &[(&Record, &dyn Backend)],
         plans: &[(&SnapshotId, &Nonce)],
     ) -> Result<(u64, Vec<u64>)> {
-        let holds =
-            members.iter().map(|(record, backend)| self.hold(record, *backend, false)).collect::<Result<Vec<_>>>()?;
+        let holds = members
+            .iter()
+            .map(|(record, backend)| self.hold(record, *backend, members.len() == 1))
+            .collect::<Result<Vec<_>>>()?;
         let at = now();
         let go_on = || holds.iter().try_for_each(|hold| hold.go_on());
         let inodes = members

@@ -38,6 +38,16 @@ impl Volumes {
         }
         let Some(device) = backend.attached(record)? else { return Ok(Hold(None)) };
         let in_use = |by: &str| Err(Error::InUse { id: record.id.clone(), by: by.into() });
+        if !alone && record.content.filesystem().is_none() && !device.read_only()? {
+            // Each such snapshot is of one moment, but not all of the same one.
+            if let Some(mount) = self.mounts(device.as_ref())?.first() {
+                let target = mount.target.display();
+                return in_use(&format!(
+                    "it is mounted at {target}; of {}, a group's moment cannot be had",
+                    record.content
+                ));
+            }
+        }
         match record.content {
             // A subvolume's snapshot is of one moment.
             Content::Tree => Ok(Hold(None)),

@@ -19,8 +19,8 @@ pub trait Entry: Clone + Serialize + std::fmt::Debug {
     const DIRECTORY: &str;
     /// Our name of it.
     fn id(&self) -> &Self::Id;
-    /// The caller's name of it; no two have the same.
-    fn name(&self) -> &str;
+    /// The caller's name of it; no two have the same. None for what callers name by something else.
+    fn name(&self) -> Option<&str>;
     /// Its place in lists.
     fn seq(&self) -> u64;
     /// Reads it from its file's text.
@@ -38,8 +38,8 @@ impl Entry for Record {
     fn id(&self) -> &VolumeId {
         &self.id
     }
-    fn name(&self) -> &str {
-        &self.name
+    fn name(&self) -> Option<&str> {
+        Some(&self.name)
     }
     fn seq(&self) -> u64 {
         self.seq
@@ -58,8 +58,9 @@ impl Entry for Snapshot {
     fn id(&self) -> &SnapshotId {
         &self.id
     }
-    fn name(&self) -> &str {
-        &self.name
+    fn name(&self) -> Option<&str> {
+        // One of a group has its group's.
+        self.group.is_none().then_some(self.name.as_str())
     }
     fn seq(&self) -> u64 {
         self.seq
@@ -109,8 +110,8 @@ impl<T: Entry> Records<T> {
             if path.file_name() != Some(file_name(record.id()).as_ref()) {
                 return Err(corrupt(format!("it is the record of {}", record.id())));
             }
-            if inner.by_name.contains_key(record.name()) {
-                return Err(corrupt(format!("another one has the name {:?}", record.name())));
+            if let Some(name) = inner.taken(&record) {
+                return Err(corrupt(format!("another one has the name {name:?}")));
             }
             inner.insert(record);
         }
@@ -162,8 +163,12 @@ impl<T: Entry> Records<T> {
     /// Writes one durably; it counts once this returns.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::State`] when another one has its name, else [`Error::Io`].
     pub fn put(&self, record: T) -> Result<()> {
+        if let Some(name) = self.lock().taken(&record) {
+            let (what, expected) = (format!("the name {name:?}"), format!("free, or of {}", record.id()));
+            return Err(Error::State { what, expected, found: "one that another has".into() });
+        }
         let json = serde_json::to_vec_pretty(&record).expect("a record has only strings and numbers");
         write_durably(&self.directory, &file_name(record.id()), &json)?;
         self.lock().insert(record);
@@ -184,7 +189,7 @@ impl<T: Entry> Records<T> {
         }
         let mut inner = self.lock();
         if let Some(record) = inner.by_id.remove(id) {
-            inner.by_name.remove(record.name());
+            record.name().and_then(|name| inner.by_name.remove(name));
             inner.by_seq.remove(&record.seq());
         }
         Ok(())
@@ -197,9 +202,16 @@ impl<T: Entry> Records<T> {
 }
 
 impl<T: Entry> Inner<T> {
+    /// The name of an entry, when another one has it.
+    fn taken<'a>(&self, record: &'a T) -> Option<&'a str> {
+        record.name().filter(|name| self.by_name.get(*name).is_some_and(|id| id != record.id()))
+    }
+
     fn insert(&mut self, record: T) {
         self.next = self.next.max(record.seq() + 1);
-        self.by_name.insert(record.name().to_owned(), record.id().clone());
+        if let Some(name) = record.name() {
+            self.by_name.insert(name.to_owned(), record.id().clone());
+        }
         self.by_seq.insert(record.seq(), record.id().clone());
         self.by_id.insert(record.id().clone(), record);
     }

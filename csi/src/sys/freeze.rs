@@ -37,6 +37,8 @@ pub struct Frozen {
     helper: Child,
     socket: UnixStream,
     since: Instant,
+    /// Whether it may be us who hold it: not when the helper says that it does not.
+    ours: bool,
 }
 
 impl Frozen {
@@ -55,16 +57,20 @@ impl Frozen {
             .stdout(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
             .context(what)?;
-        let mut frozen = Self { root, helper, socket, since: Instant::now() };
+        let mut frozen = Self { root, helper, socket, since: Instant::now(), ours: true };
         frozen.socket.set_read_timeout(Some(LONGEST)).context(what)?;
         let mut answer = [0];
         // With a time limit on it a read is not taken up again by itself after a signal; `read_exact` does so.
         match frozen.socket.read_exact(&mut answer) {
             Ok(()) if answer == *b"F" => Ok(frozen),
             Ok(()) if answer == *b"B" => {
+                frozen.ours = false;
                 Err(Error::io("hold a filesystem still: somebody else does", rustix::io::Errno::BUSY))
             }
-            Ok(_) => Err(Error::io("hold a filesystem still", std::io::Error::other("the helper could not"))),
+            Ok(_) => {
+                frozen.ours = false;
+                Err(Error::io("hold a filesystem still", std::io::Error::other("the helper could not")))
+            }
             Err(error) => Err(Error::io("hold a filesystem still", error)),
         }
     }
@@ -102,7 +108,9 @@ impl Drop for Frozen {
         // was killed we do it.
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
         let _ = self.helper.wait();
-        let _ = thaw(&self.root);
+        if self.ours {
+            let _ = thaw(&self.root);
+        }
     }
 }
 
