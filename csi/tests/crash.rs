@@ -46,7 +46,7 @@ fn changes(pid: Pid, regs: &libc::user_regs_struct) -> bool {
         libc::SYS_openat => regs.rdx as i32 & (libc::O_CREAT | libc::O_TMPFILE & !libc::O_DIRECTORY) != 0,
         libc::SYS_ioctl => CHANGING.contains(&regs.rsi),
         // Of the journal and of records; not of sockets and wake-ups.
-        libc::SYS_write => std::fs::read_link(format!("/proc/{pid}/fd/{}", regs.rdi))
+        libc::SYS_write | libc::SYS_pwrite64 => std::fs::read_link(format!("/proc/{pid}/fd/{}", regs.rdi))
             .is_ok_and(|path| path.to_string_lossy().contains("/state/")),
         libc::SYS_ftruncate | libc::SYS_fallocate | libc::SYS_fsetxattr | libc::SYS_fsync | libc::SYS_fdatasync => true,
         libc::SYS_copy_file_range | libc::SYS_syncfs | libc::SYS_renameat2 | libc::SYS_rmdir => true,
@@ -464,7 +464,7 @@ async fn killed_at_every_change_of_a_subvolumes_life() {
     every_point(Scenario {
         name: "subvolumes",
         pool: Some("btrfs"),
-        class: &[("backend", "btrfs")],
+        class: &[("backend", "btrfs"), ("capacity", "quota")],
         flags: &["--backends=btrfs"],
         capability: mount(""),
         watched: &[

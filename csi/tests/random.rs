@@ -259,7 +259,7 @@ async fn images_that_share_blocks() {
 #[ignore = "needs root and btrfs"]
 async fn subvolumes() {
     let driver = Driver::on("btrfs", 2048).with(&["--backends=btrfs"]);
-    live("subvolumes", driver, &[("backend", "btrfs")]).await;
+    live("subvolumes", driver, &[("backend", "btrfs"), ("capacity", "quota")]).await;
 }
 
 #[tokio::test]

@@ -91,7 +91,7 @@ fn image_mount_on_xfs() {
 #[ignore = "needs root, loop devices, btrfs and csi-sanity"]
 fn btrfs_mount() {
     let driver = Driver::on("btrfs", 4096).with(&["--max-volumes=32", "--backends=btrfs"]);
-    run("btrfs", driver, "mount", 64, "backend: btrfs\n", 80);
+    run("btrfs", driver, "mount", 64, "backend: btrfs\ncapacity: quota\n", 80);
 }
 
 #[test]

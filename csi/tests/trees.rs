@@ -13,7 +13,7 @@ use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource
 use keelway_csi::csi::{self};
 use tonic::Code;
 
-const BTRFS: &[(&str, &str)] = &[("backend", "btrfs")];
+const BTRFS: &[(&str, &str)] = &[("backend", "btrfs"), ("capacity", "quota")];
 const DIRECTORY: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "unenforced")];
 
 async fn made(driver: &Driver, name: &str, size: i64, class: &[(&str, &str)], from: Option<Type>) -> Calls {
@@ -171,6 +171,73 @@ fn written_by_a_pod(directory: &str, mebibytes: u64) -> u64 {
     length
 }
 
+/// A program as an ordinary user. Whether it succeeded.
+fn as_a_pod(program: &str, args: &[&str]) -> bool {
+    use std::os::unix::process::CommandExt;
+    let output = std::process::Command::new(program).args(args).uid(65534).gid(65534).output().unwrap();
+    output.status.success()
+}
+
+#[tokio::test]
+#[ignore = "needs root and btrfs"]
+async fn subvolumes_that_a_pod_makes_are_told_of_and_go_with_its_volume() {
+    let mut driver = Driver::on("btrfs", 1024).with(&["--backends=btrfs"]);
+    driver.start();
+    // Since nothing holds them to a limit, a class has to say that it knows.
+    let plain = create("a", 16 * MIB, &mount(""), &[("backend", "btrfs")]);
+    let refused = driver.controller().await.create_volume(plain).await.unwrap_err();
+    assert!(refused.code() == Code::InvalidArgument && refused.message().contains("quota"), "{refused}");
+
+    let first = made(&driver, "first", 16 * MIB, BTRFS, None).await;
+    bring(&driver, &first).await;
+    let snapshot = |name: &str| csi::CreateSnapshotRequest {
+        name: name.into(),
+        source_volume_id: first.id.clone(),
+        ..Default::default()
+    };
+    std::os::unix::fs::chown(&first.target, Some(65534), Some(65534)).unwrap();
+    // In a directory whose path is longer than any name for it may be, and one in another that refuses writes.
+    let deep = r#"for (1 .. 20) { mkdir "d" x 250; chdir "d" x 250 or die } exec qw(btrfs subvolume create far)"#;
+    let script = format!(
+        "cd {} && btrfs subvolume create outer && btrfs subvolume create outer/inner && echo x > outer/inner/data &&
+         btrfs property set outer ro true && perl -e '{deep}'",
+        first.target
+    );
+    assert!(as_a_pod("sh", &["-c", &script]));
+    let mut controller = driver.controller().await;
+    let refused = controller.create_snapshot(snapshot("s")).await.unwrap_err();
+    assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("subvolumes"), "{refused}");
+    let clone = Some(Type::Volume(VolumeSource { volume_id: first.id.clone() }));
+    let request = csi::CreateVolumeRequest {
+        volume_content_source: clone.map(|kind| csi::VolumeContentSource { r#type: Some(kind) }),
+        ..create("clone", 16 * MIB, &mount(""), BTRFS)
+    };
+    assert_eq!(controller.create_volume(request).await.unwrap_err().code(), Code::FailedPrecondition);
+    end(&driver, &first).await;
+    let left = common::run("btrfs", &["subvolume", "list", driver.path("pool").to_str().unwrap()]);
+    assert_eq!(left, "", "subvolumes are left");
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and XFS"]
+async fn no_tree_is_too_deep_to_be_removed() {
+    let mut driver = Driver::on("xfs", 512).with(&["--backends=directory"]);
+    driver.start();
+    let first = made(&driver, "first", 16 * MIB, DIRECTORY, None).await;
+    bring(&driver, &first).await;
+    let flags = rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    let mut at = rustix::fs::open(&first.target, flags, rustix::fs::Mode::empty()).unwrap();
+    for _ in 0..60_000 {
+        rustix::fs::mkdirat(&at, "d", rustix::fs::Mode::from_raw_mode(0o755)).unwrap();
+        at = rustix::fs::openat(&at, "d", flags, rustix::fs::Mode::empty()).unwrap();
+    }
+    rustix::fs::openat(&at, "file", rustix::fs::OFlags::CREATE | rustix::fs::OFlags::CLOEXEC, 0o600.into()).unwrap();
+    drop(at);
+    end(&driver, &first).await;
+    driver.assert_clean();
+}
+
 async fn held_by_its_quota(mut driver: Driver) {
     const QUOTA: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "quota")];
     driver = driver.with(&["--backends=directory"]);
@@ -190,6 +257,15 @@ async fn held_by_its_quota(mut driver: Driver) {
     assert_eq!(written_by_a_pod(&second.target, 32), 32);
     let usage = used(&driver, &first).await;
     assert!(usage.total == 16 * MIB && usage.used >= 14 * MIB, "{usage:?}");
+    // Nor are all of the pool's files a pod's.
+    fs::remove_file(format!("{}/filling", first.target)).unwrap();
+    let script = format!("cd {} && for n in $(seq 2000); do : > $n || exit 1; done", first.target);
+    assert!(!as_a_pod("sh", &["-c", &script]), "2000 files fit where 1024 are to be had");
+    let files = fs::read_dir(&first.target).unwrap().count();
+    assert!((1000..=1024).contains(&files), "{files} files of 1024");
+    for entry in fs::read_dir(&first.target).unwrap() {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+    }
     let range = csi::CapacityRange { required_bytes: 32 * MIB, limit_bytes: 0 };
     let expand = csi::ControllerExpandVolumeRequest {
         volume_id: first.id.clone(),

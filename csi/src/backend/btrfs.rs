@@ -1,5 +1,8 @@
 //! Volumes as subvolumes of the pool's btrfs, each with a limit; snapshots are subvolumes that refuse writes.
 //!
+//! The limit is a subvolume's own. Whoever may write to one may make others in it, which the kernel holds to no limit, and
+//! which no snapshot has; so a class has to say that it knows (`capacity: quota`).
+//!
 //! One is made under a name of its own, marked, limited, and only then renamed and synced: a crash leaves nothing that
 //! the intent does not name.
 
@@ -7,10 +10,10 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::pool::{MARGIN, Pool, nonce_of, set_nonce};
-use super::tree::{Tree, lock, open_to_all};
+use super::tree::{Tree, lock, open_to_all, remains};
 use super::{Attached, Backend, Features, GoOn, Locked, Made, New, Origin, Usage, damaged};
 use crate::error::{Context, Error, Result};
-use crate::model::{BackendKind, Nonce, Record, Snapshot, SnapshotId, VolumeId};
+use crate::model::{BackendKind, Nonce, Parameters, Record, Snapshot, SnapshotId, VolumeId};
 use crate::state::Store;
 use crate::sys::btrfs;
 
@@ -77,6 +80,19 @@ impl Subvolumes {
         self.verified(&name(&record.id), &record.id, record.inode, &record.nonce)
     }
 
+    /// A volume of which a snapshot has everything.
+    fn whole(&self, record: &Record) -> Result<File> {
+        let directory = self.volume(record)?;
+        let nested = btrfs::nested(&directory, record.inode);
+        let nested = nested.context(|| format!("look for subvolumes in {}", record.id))?.len();
+        if nested > 0 {
+            let expected = "without subvolumes of its own, which a snapshot would lack".into();
+            let found = format!("{nested} in it (btrfs subvolume list -o)");
+            return Err(Error::State { what: format!("volume {}", record.id), expected, found });
+        }
+        Ok(directory)
+    }
+
     fn picture(&self, snapshot: &Snapshot) -> Result<File> {
         self.verified(&snapshot_name(&snapshot.id), &snapshot.volume, snapshot.inode, &snapshot.nonce)
     }
@@ -98,7 +114,9 @@ impl Subvolumes {
                 let (expected, found) = ("the record's".to_owned(), "another one, or none".to_owned());
                 return Err(Error::State { what: format!("the nonce of {name}"), expected, found });
             }
+            let number = btrfs::number(&directory).context(|| format!("look at subvolume {name}"))?;
             drop(directory);
+            btrfs::remove_nested(self.0.directory(), number).context(|| format!("remove what is nested in {name}"))?;
             btrfs::destroy(self.0.directory(), name).context(|| format!("remove {name}"))?;
             found = true;
         }
@@ -144,6 +162,15 @@ impl Backend for Subvolumes {
         Ok(self.0.free()?.saturating_sub(MARGIN))
     }
 
+    fn admit(&self, parameters: &Parameters) -> Result<()> {
+        if parameters.quota {
+            return Ok(());
+        }
+        let expected =
+            "quota, which holds who makes no subvolumes in his own: a class of btrfs has to say that it knows";
+        Err(Error::Invalid { field: "parameters.capacity", value: "enforced".into(), expected: expected.into() })
+    }
+
     fn outstanding(&self, record: &Record) -> Result<u64> {
         // What it shares with a snapshot it may have to write anew.
         let own = self.0.open_directory(&name(&record.id))?.and_then(btrfs::usage).map_or(0, |(_, own)| own);
@@ -154,7 +181,7 @@ impl Backend for Subvolumes {
         let from = match origin {
             None => None,
             Some(Origin::Snapshot(snapshot)) => Some(self.picture(snapshot)?),
-            Some(Origin::Volume(record)) => Some(self.volume(record)?),
+            Some(Origin::Volume(record)) => Some(self.whole(record)?),
         };
         let name = name(new.id);
         let inode = self.make(&name, new.nonce, from.as_ref(), |made| {
@@ -187,6 +214,10 @@ impl Backend for Subvolumes {
         Ok(Some(Box::new(self.tree(record)?)))
     }
 
+    fn remains(&self, record: &Record, _: Option<Error>) -> Result<Option<Box<dyn Attached>>> {
+        remains(name(&record.id))
+    }
+
     fn detach(&self, _: &Record) -> Result<()> {
         Ok(())
     }
@@ -201,7 +232,7 @@ impl Backend for Subvolumes {
     }
 
     fn snapshot(&self, record: &Record, id: &SnapshotId, nonce: &Nonce, _: GoOn<'_>) -> Result<u64> {
-        let from = self.volume(record)?;
+        let from = self.whole(record)?;
         let name = snapshot_name(id);
         self.make(&name, nonce, Some(&from), |made| btrfs::seal(made).context(|| format!("seal {name}")))
     }

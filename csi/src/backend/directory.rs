@@ -2,20 +2,20 @@
 //! owns a file may take it out of its project, where he is not in a user namespace. So that is not pretended: a class has to
 //! say that a quota is enough (`capacity: quota`), or that nothing is needed (`capacity: unenforced`).
 
+use std::ffi::CString;
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, mkdirat};
 use sha2::{Digest, Sha256};
 
 use super::pool::{MARGIN, Pool, nonce_of, set_nonce};
-use super::tree::{Tree, lock, open_to_all};
+use super::tree::{Tree, lock, open_to_all, remains};
 use super::{Attached, Backend, Features, GoOn, Locked, Made, New, Origin, damaged, inode_of};
 use crate::error::{Context, Error, Result};
 use crate::model::{BackendKind, Nonce, Parameters, Record, VolumeId};
 use crate::state::Store;
-use crate::sys::quota;
+use crate::sys::{quota, remove};
 
 /// The directory backend.
 #[derive(Clone, Debug)]
@@ -92,9 +92,8 @@ impl Directories {
         {
             self.limit(project, 0)?;
         }
-        let path = format!("/proc/self/fd/{}/{name}", self.pool.directory().as_raw_fd());
-        // Works by descriptors, so that no link that a pod made leads it elsewhere.
-        std::fs::remove_dir_all(path).context(|| format!("remove {name}"))?;
+        let path = CString::new(name).context(|| format!("remove {name}"))?;
+        remove::tree(self.pool.directory(), &path).context(|| format!("remove {name}"))?;
         self.pool.sync()
     }
 }
@@ -208,6 +207,10 @@ impl Backend for Directories {
             return Ok(None);
         }
         Ok(Some(Box::new(self.tree(record)?)))
+    }
+
+    fn remains(&self, record: &Record, _: Option<Error>) -> Result<Option<Box<dyn Attached>>> {
+        remains(name(&record.id))
     }
 
     fn detach(&self, _: &Record) -> Result<()> {

@@ -107,7 +107,7 @@ pub struct Parameters {
     /// `capacity: unenforced`: a directory may grow beyond its size.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unenforced: bool,
-    /// `capacity: quota`: a directory is held to its size by a project quota, which holds who does not evade it.
+    /// `capacity: quota`: a directory or subvolume is held to its size by a quota, which holds who does not evade it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub quota: bool,
 }
@@ -170,11 +170,14 @@ impl Parameters {
         if let Some(value) = given("bytesPerInode").filter(|_| content != Content::Filesystem(FsType::Ext4)) {
             return Err(invalid("parameters.bytesPerInode", value, "for an ext4 volume; this one is not"));
         }
-        if let Some(value) = given("capacity")
-            && (parameters.unenforced || parameters.quota)
-            && parameters.backend != BackendKind::Directory
-        {
-            return Err(invalid("parameters.capacity", value, "enforced; only a directory's can be otherwise"));
+        let allowed = match parameters.backend {
+            BackendKind::Directory => true,
+            BackendKind::Btrfs => !parameters.unenforced,
+            _ => !parameters.unenforced && !parameters.quota,
+        };
+        if let Some(value) = given("capacity").filter(|_| !allowed) {
+            let expected = "enforced; only a directory's can be otherwise, and a subvolume's quota";
+            return Err(invalid("parameters.capacity", value, expected));
         }
         Ok((parameters, content))
     }
@@ -268,6 +271,7 @@ mod tests {
             (&[("backend", "btrfs"), ("allocation", "sparse")], "image backend"),
             (&[("capacity", "unenforced")], "only a directory"),
             (&[("capacity", "quota"), ("backend", "lvm")], "only a directory"),
+            (&[("capacity", "unenforced"), ("backend", "btrfs")], "a subvolume's quota"),
             (&[("capacity", "some")], "enforced, quota or unenforced"),
             (&[("Allocation", "full")], "\"Allocation\""),
         ] {

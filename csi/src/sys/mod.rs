@@ -12,6 +12,7 @@ pub mod mkfs;
 pub mod mount;
 pub mod mountinfo;
 pub mod quota;
+pub mod remove;
 pub mod target;
 
 use std::fmt;

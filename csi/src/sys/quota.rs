@@ -15,6 +15,11 @@ const Q_GETQUOTA: u32 = 0x80_0007;
 const Q_SETQUOTA: u32 = 0x80_0008;
 const Q_XGETQSTAT: u32 = 0x5805;
 const QIF_BLIMITS: u32 = 1;
+const QIF_ILIMITS: u32 = 4;
+/// Bytes of a limit for each file that may be had with it, as mkfs.ext4 reckons.
+const PER_FILE: u64 = 16 << 10;
+/// So many files even in the smallest.
+const LEAST_FILES: u64 = 1024;
 const ENFORCED: u16 = 1 << 5;
 
 /// `struct fsxattr`.
@@ -38,7 +43,8 @@ struct Limits {
     soft: u64,
     /// In bytes.
     used: u64,
-    inodes: [u64; 3],
+    most_files: u64,
+    files: [u64; 2],
     times: [u64; 2],
     valid: u32,
 }
@@ -101,12 +107,14 @@ pub fn assign(directory: impl AsFd, project: u32) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Holds a project to this many bytes; 0 for no limit.
+/// Holds a project to this many bytes, and to as many files as their part of the disk is worth; 0 for no limit.
 ///
 /// # Errors
 /// The system's answer.
 pub fn limit(fs: impl AsFd, project: u32, bytes: u64) -> std::io::Result<()> {
-    let mut limits = Limits { hard: bytes / 1024, soft: 0, valid: QIF_BLIMITS, ..Limits::default() };
+    let most_files = if bytes == 0 { 0 } else { (bytes / PER_FILE).max(LEAST_FILES) };
+    let valid = QIF_BLIMITS | QIF_ILIMITS;
+    let mut limits = Limits { hard: bytes / 1024, soft: 0, most_files, valid, ..Limits::default() };
     quotactl(fs, Q_SETQUOTA, project, &mut limits)
 }
 

@@ -47,7 +47,7 @@ impl Kind {
         match self {
             Self::Directory => &[("backend", "directory"), ("capacity", "unenforced")],
             Self::Image => &[("allocation", "full")],
-            Self::Btrfs => &[("backend", "btrfs")],
+            Self::Btrfs => &[("backend", "btrfs"), ("capacity", "quota")],
         }
     }
 
