@@ -141,8 +141,6 @@ pub struct Service {
     pub problems: Vec<String>,
     /// The label `service.kubernetes.io/service-proxy-name` is set: not ours.
     pub other_proxy: bool,
-    /// The label `service.kubernetes.io/headless` is set.
-    pub headless_label: bool,
 }
 
 /// A port of an EndpointSlice.
@@ -188,15 +186,14 @@ pub struct EndpointSlice {
     pub ports: Vec<EndpointPort>,
     /// Endpoints.
     pub endpoints: Vec<SliceEndpoint>,
+    /// What of the object is wrong and therefore not in force, in words.
+    pub problems: Vec<String>,
 }
 
 impl Service {
     /// Whether a proxy of the standard kind programs this Service at all.
     pub fn is_served(&self) -> bool {
-        !self.other_proxy
-            && !self.headless_label
-            && self.service_type != ServiceType::ExternalName
-            && !self.cluster_ips.is_empty()
+        !self.other_proxy && self.service_type != ServiceType::ExternalName && !self.cluster_ips.is_empty()
     }
 
     /// Whether it is served in a family: it has a cluster IP there. What else it has of a family depends on that, as in

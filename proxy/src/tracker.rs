@@ -41,7 +41,7 @@ pub struct Model {
     health_checks: BTreeMap<ObjectName, HealthCheck>,
     /// Services that have nobody here.
     no_local: BTreeMap<ObjectName, NoLocal>,
-    /// Services of which something is wrong.
+    /// Services of which, or of whose slices, something is wrong.
     flawed: BTreeSet<ObjectName>,
 }
 
@@ -67,13 +67,10 @@ impl Model {
     /// A Service came or changed.
     pub fn upsert_service(&mut self, service: Service) {
         if self.services.get(&service.name) != Some(&service) {
-            self.changed.insert(service.name.clone());
-            if service.problems.is_empty() {
-                self.flawed.remove(&service.name);
-            } else {
-                self.flawed.insert(service.name.clone());
-            }
-            self.services.insert(service.name.clone(), service);
+            let name = service.name.clone();
+            self.services.insert(name.clone(), service);
+            self.note_flaws(&name);
+            self.changed.insert(name);
         }
     }
 
@@ -81,7 +78,7 @@ impl Model {
     pub fn delete_service(&mut self, name: &ObjectName) {
         if self.services.remove(name).is_some() {
             self.changed.insert(name.clone());
-            self.flawed.remove(name);
+            self.note_flaws(name);
         }
     }
 
@@ -103,6 +100,7 @@ impl Model {
                 slices.insert(at, slice);
             }
         }
+        self.note_flaws(&service);
         self.changed.insert(service);
     }
 
@@ -115,6 +113,7 @@ impl Model {
                 self.slices.remove(&service);
             }
         }
+        self.note_flaws(&service);
         self.changed.insert(service);
     }
 
@@ -150,9 +149,28 @@ impl Model {
     }
 
     /// The Services of which something is wrong and therefore not in force, with what.
-    pub fn problems(&self) -> impl Iterator<Item = (&ObjectName, &[String])> {
-        let flawed = self.flawed.iter().filter_map(|name| self.services.get(name));
-        flawed.map(|service| (&service.name, service.problems.as_slice()))
+    pub fn problems(&self) -> impl Iterator<Item = (&ObjectName, Vec<String>)> {
+        self.flawed.iter().map(|name| {
+            let own = self.services.get(name).into_iter().flat_map(|service| service.problems.iter().cloned());
+            let of_slice = |slice: &EndpointSlice| {
+                let words = |problem: &String| format!("EndpointSlice {}: {problem}", slice.name.name);
+                slice.problems.iter().map(words).collect::<Vec<_>>()
+            };
+            let slices = self.slices.get(name).into_iter().flatten();
+            (name, own.chain(slices.flat_map(of_slice)).collect())
+        })
+    }
+
+    /// Remembers whether there is anything wrong with a Service. Slices without one are nobody's problem.
+    fn note_flaws(&mut self, name: &ObjectName) {
+        let slices = self.slices.get(name).map(Vec::as_slice).unwrap_or_default();
+        let service = self.services.get(name);
+        let flawed =
+            |service: &Service| !service.problems.is_empty() || slices.iter().any(|slice| !slice.problems.is_empty());
+        match service.is_some_and(flawed) {
+            true => self.flawed.insert(name.clone()),
+            false => self.flawed.remove(name),
+        };
     }
 
     /// A Service as it was last given.

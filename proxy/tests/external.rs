@@ -48,6 +48,7 @@ fn slice(endpoints: Vec<SliceEndpoint>) -> EndpointSlice {
         service: "web".into(),
         ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: Some(8080) }],
         endpoints,
+        problems: Vec::new(),
     }
 }
 

@@ -42,6 +42,7 @@ fn slice(n: u32, endpoints: std::ops::Range<u32>) -> EndpointSlice {
         service: format!("s{n}"),
         ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: Some(8080) }],
         endpoints: endpoints.map(endpoint).collect(),
+        problems: Vec::new(),
     }
 }
 

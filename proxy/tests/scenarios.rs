@@ -43,6 +43,7 @@ fn slice(namespace: &str, service: &str, addresses: &[&str]) -> EndpointSlice {
         service: service.into(),
         ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: Some(8080) }],
         endpoints: addresses.iter().map(|address| endpoint(address)).collect(),
+        problems: Vec::new(),
     }
 }
 

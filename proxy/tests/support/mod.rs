@@ -129,7 +129,13 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
             });
     let ports = prop_oneof![3 => Just(vec![usual]), 1 => prop::collection::vec(port, 1..3)];
     (slice_name(), service_name(), ports, prop::collection::vec(endpoint, 0..8))
-        .prop_map(|(name, service, ports, endpoints)| EndpointSlice { name, service: service.name, ports, endpoints })
+        .prop_map(|(name, service, ports, endpoints)| EndpointSlice {
+            name,
+            service: service.name,
+            ports,
+            endpoints,
+            problems: Vec::new(),
+        })
 }
 
 pub fn event() -> impl Strategy<Value = Event> {

@@ -76,12 +76,67 @@ spec:
     assert_eq!(converted.load_balancing, proxy_model::LoadBalancing::Maglev);
     let empty = yaml.replace("' 203.0.113.9/24 ', nonsense, 'fd00::/8'", "");
     assert_eq!(service(&read(&empty)).unwrap().source_ranges, None);
+    let nothing = yaml.replace("' 203.0.113.9/24 ', nonsense, 'fd00::/8'", "'', ' '");
+    assert_eq!(service(&read(&nothing)).unwrap().source_ranges, None, "a range of nothing is none");
+}
+
+#[test]
+fn entries_that_cannot_be_used_are_left_out_and_the_object_changes_all_the_same() {
+    let yaml = "
+metadata: {name: web}
+spec:
+  type: NodePort
+  clusterIPs: [10.96.0.1, 'fd00::1']
+  externalIPs: ['', 198.51.100.1, 198.51.100.300]
+  ports: [{name: a, port: 80, nodePort: 30080}, {name: b, port: 0}, {name: c, port: 81, nodePort: 70000}, {name: d, port: 82, protocol: ICMP}]
+  healthCheckNodePort: -1
+status: {loadBalancer: {ingress: [{ip: 192.0.2.1}, {ip: everywhere}]}}
+";
+    let converted = service(&read(yaml)).unwrap();
+    let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse::<IpAddr>().unwrap()).collect::<Vec<_>>();
+    assert_eq!(converted.external_ips, addresses(&["198.51.100.1"]));
+    assert_eq!(converted.load_balancer_ips, addresses(&["192.0.2.1"]));
+    let ports: Vec<_> = converted.ports.iter().map(|port| (&*port.name, port.port, port.node_port)).collect();
+    assert_eq!(ports, [("a", 80, 30080), ("c", 81, 0)]);
+    assert_eq!(converted.health_check_node_port, 0);
+    let fields: Vec<_> = converted.problems.iter().map(|problem| problem.split(": ").next().unwrap()).collect();
+    let expected = [
+        "spec.externalIPs[]",
+        "spec.externalIPs[]",
+        "status.loadBalancer.ingress[].ip",
+        "spec.ports[].port",
+        "spec.ports[].nodePort",
+        "spec.ports[].protocol",
+        "spec.healthCheckNodePort",
+    ];
+    assert_eq!(fields, expected);
+    // Who the Service is, is no entry among others.
+    let error = service(&read(&yaml.replace("fd00::1", "fd00::zz"))).unwrap_err();
+    assert_eq!(error.field, "spec.clusterIPs[]");
+
+    let endpoints = "[{addresses: [10.0.0.1, nonsense]}, {addresses: ['fd00::1']}, {addresses: [nonsense, 10.0.0.2]}, {addresses: []}]";
+    let yaml = slice_yaml("", endpoints)
+        .replace("[{port: 8080}", "[{port: 8080}, {name: zero, port: 0}, {name: n, port: 65536}");
+    let (slice, _) = endpoint_slice(&read(&yaml)).unwrap().unwrap();
+    assert_eq!(slice.ports.iter().map(|port| port.port).collect::<Vec<_>>(), [Some(8080), None]);
+    let kept: Vec<_> = slice.endpoints.iter().map(|endpoint| endpoint.addresses.clone()).collect();
+    assert_eq!(kept, [addresses(&["10.0.0.1"]), vec![]]);
+    assert_eq!(slice.problems.len(), 5, "{:?}", slice.problems);
+    assert_eq!(slice.problems[0], r#"ports[].port: "0" is not a port from 1 to 65535"#);
+
+    // However many there are, what is said stays short.
+    let many = slice_yaml("", &format!("[{}]", "{addresses: [x]}, ".repeat(100)));
+    let (slice, _) = endpoint_slice(&read(&many)).unwrap().unwrap();
+    assert_eq!((slice.problems.len(), slice.problems[8].as_str()), (9, "92 more"));
 }
 
 #[test]
 fn headless_services_are_not_served() {
     let converted = service(&read("{metadata: {name: db}, spec: {clusterIP: None, clusterIPs: [None]}}")).unwrap();
     assert!(converted.cluster_ips.is_empty() && !converted.is_served());
+    // The label is the slices' affair: a Service with an address is served all the same.
+    let labelled = "{metadata: {name: db, labels: {service.kubernetes.io/headless: ''}}, spec: {clusterIP: 10.96.0.1}}";
+    assert!(service(&read(labelled)).unwrap().is_served());
 }
 
 fn slice_yaml(extra_label: &str, endpoints: &str) -> String {
@@ -119,13 +174,16 @@ fn absent_conditions_have_their_defaults() {
 
 #[test]
 fn slices_that_no_proxy_reads_are_passed_over() {
-    for label in [", service.kubernetes.io/headless: ''", ", service.kubernetes.io/service-proxy-name: x"] {
-        assert_eq!(endpoint_slice(&read(&slice_yaml(label, "[]"))).unwrap(), None, "{label}");
-    }
+    let headless = slice_yaml(", service.kubernetes.io/headless: ''", "[]");
+    assert_eq!(endpoint_slice(&read(&headless)).unwrap(), None);
+    // Whose a Service is, it says itself, as for kube-proxy.
+    let another_proxys = slice_yaml(", service.kubernetes.io/service-proxy-name: x", "[]");
+    assert!(endpoint_slice(&read(&another_proxys)).unwrap().is_some());
     let fqdn = slice_yaml("", "[{addresses: [a.example]}]").replace("IPv4", "FQDN");
     assert_eq!(endpoint_slice(&read(&fqdn)).unwrap(), None);
-    let wrong_family = endpoint_slice(&read(&slice_yaml("", "[{addresses: ['fd00::1']}]"))).unwrap_err().to_string();
-    assert_eq!(wrong_family, r#"endpoints[].addresses[]: "fd00::1" is not an address of the slice's addressType"#);
+    let (wrong_family, _) = endpoint_slice(&read(&slice_yaml("", "[{addresses: ['fd00::1']}]"))).unwrap().unwrap();
+    let problem = r#"endpoints[].addresses[]: "fd00::1" is not an address of the slice's addressType"#;
+    assert_eq!((wrong_family.endpoints.len(), wrong_family.problems), (0, vec![problem.to_owned()]));
 }
 
 #[test]

@@ -26,8 +26,9 @@ const CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 const READ_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(150);
 /// The name in every API server's certificate, for those that are dialled by address.
 const SERVER_NAME: &str = "kubernetes.default.svc";
-/// EndpointSlices that no proxy of the standard kind reads need not be sent to us.
-const SLICE_SELECTOR: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
+/// EndpointSlices that no proxy of the standard kind reads need not be sent to us. (Those of other proxies' Services are read, as by
+/// kube-proxy: whose a Service is, it says itself.)
+const SLICE_SELECTOR: &str = "!service.kubernetes.io/headless";
 
 /// The Kubernetes API cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -113,6 +113,7 @@ mod tests {
             service: "kubernetes".to_owned(),
             ports: vec![EndpointPort { name: "https".to_owned(), protocol: Protocol::Tcp, port: Some(6443) }],
             endpoints: addresses.iter().map(endpoint).collect(),
+            problems: Vec::new(),
         }
     }
 

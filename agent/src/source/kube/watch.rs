@@ -37,7 +37,7 @@ struct State<Convert, Fallback> {
     fallback: Fallback,
     /// Delivered and not deleted.
     known: HashSet<ObjectRef>,
-    /// Those of the list that is being read, while one is.
+    /// Those of the list that is being read, broken ones included, while one is.
     listed: Option<HashSet<ObjectRef>>,
     /// Objects that the status names as a problem.
     broken: HashSet<ObjectRef>,
@@ -135,6 +135,14 @@ impl<Convert, Fallback> State<Convert, Fallback> {
                 for reference in vanished {
                     self.forget(reference).await?;
                 }
+                // What went and was never understood is nobody's problem any more.
+                self.broken.retain(|reference| {
+                    let there = listed.contains(reference);
+                    if !there {
+                        self.watch.status.clear(&reference.to_string());
+                    }
+                    there
+                });
                 if !self.watch.status.kind(self.kind).synced {
                     self.watch.send(Event::Synced(self.kind)).await?;
                     self.watch.status.set_synced(self.kind);
@@ -152,6 +160,9 @@ impl<Convert, Fallback> State<Convert, Fallback> {
         Fallback: Fn(&K) -> Option<Object>,
     {
         let reference = self.reference(object);
+        if let Some(listed) = &mut self.listed {
+            listed.insert(reference.clone());
+        }
         let converted = match (self.convert)(object) {
             Ok(converted) => {
                 if self.broken.remove(&reference) {
@@ -167,10 +178,7 @@ impl<Convert, Fallback> State<Convert, Fallback> {
                 self.broken.insert(reference.clone());
                 let fallback = (self.fallback)(object);
                 if fallback.is_none() {
-                    // Listed all the same: it is there, and what was known of it stays.
-                    if self.known.contains(&reference) {
-                        self.listed.as_mut().map(|listed| listed.insert(reference));
-                    }
+                    // It is there, and what was known of it stays.
                     return Ok(());
                 }
                 fallback
@@ -178,9 +186,6 @@ impl<Convert, Fallback> State<Convert, Fallback> {
         };
         match converted {
             Some(object) => {
-                if let Some(listed) = &mut self.listed {
-                    listed.insert(reference.clone());
-                }
                 self.known.insert(reference);
                 self.watch.send(Event::Upsert(object)).await
             }
@@ -234,4 +239,64 @@ fn words(error: &watcher::Error) -> String {
 fn spread(pause: Duration) -> Duration {
     let random = RandomState::new().hash_one(0u8) % 256;
     pause * 3 / 4 + pause / 4 * random as u32 / 256
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Namespace;
+
+    use super::*;
+    use crate::source::convert;
+
+    fn namespace(name: &str, broken: bool) -> Namespace {
+        let mut namespace = Namespace::default();
+        namespace.metadata.name = Some(name.to_owned());
+        namespace.metadata.labels = broken.then(|| [("broken".to_owned(), String::new())].into());
+        namespace
+    }
+
+    /// Cannot read what is labelled as broken.
+    fn read(object: &Namespace) -> Result<Option<Object>, ConvertError> {
+        match object.metadata.labels {
+            Some(_) => Err(ConvertError { field: "f".into(), value: "v".into(), expected: "whole" }),
+            None => convert::namespace(object).map(Object::Namespace).map(Some),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_object_that_went_unseen_is_no_problem_any_more() {
+        let (events, mut told) = mpsc::channel(64);
+        let status = Status::default();
+        let mut state = State {
+            watch: Watch { events, status: status.clone() },
+            kind: Kind::Namespace,
+            convert: read,
+            fallback: |_: &Namespace| None,
+            known: HashSet::new(),
+            listed: None,
+            broken: HashSet::new(),
+        };
+        let mut take = async |seen| assert!(state.take(seen).await.is_ok());
+        // `never` was never understood, `once` was before it broke.
+        take(Seen::Init).await;
+        for object in [namespace("never", true), namespace("once", false), namespace("stays", true)] {
+            take(Seen::InitApply(object)).await;
+        }
+        take(Seen::InitDone).await;
+        take(Seen::Apply(namespace("once", true))).await;
+        assert_eq!(status.problems().len(), 3, "{:?}", status.problems());
+        // The watch starts over, and two are gone.
+        take(Seen::Init).await;
+        take(Seen::InitApply(namespace("stays", true))).await;
+        take(Seen::InitDone).await;
+        let problems = status.problems();
+        assert!(problems.len() == 1 && problems[0].starts_with("Namespace stays: "), "{problems:?}");
+        let mut deleted = Vec::new();
+        while let Ok(event) = told.try_recv() {
+            if let Event::Delete(reference) = event {
+                deleted.push(reference.name);
+            }
+        }
+        assert_eq!(deleted, ["once"], "the only one that was delivered");
+    }
 }
