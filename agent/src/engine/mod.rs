@@ -351,6 +351,18 @@ impl Engine {
         *self.synced_tx.borrow()
     }
 
+    /// Everything is there that the tables are made of.
+    fn has_all(&self) -> bool {
+        self.kinds.len() == Kind::ALL.len() && self.devices.borrow().is_some()
+    }
+
+    /// Before everything is there, no change waits for us: as for kube-proxy, that is not to hang.
+    fn change_queued(&self) {
+        if self.has_all() {
+            self.health.change_queued();
+        }
+    }
+
     fn event(&mut self, event: Event) {
         match event {
             Event::Upsert(object) => self.upsert(object),
@@ -362,12 +374,12 @@ impl Engine {
                     Kind::Service => {
                         self.services.service_gone(&reference.namespace, &reference.name);
                         self.metrics.service_changed();
-                        self.health.change_queued();
+                        self.change_queued();
                     }
                     Kind::EndpointSlice => {
                         self.services.slice_gone(&reference.namespace, &reference.name);
                         self.metrics.endpoints_changed();
-                        self.health.change_queued();
+                        self.change_queued();
                     }
                     Kind::NetworkPolicy => {
                         self.policies.model.delete_policy(&name());
@@ -392,13 +404,13 @@ impl Engine {
             Object::Service(service) => {
                 self.services.model.upsert_service(service);
                 self.metrics.service_changed();
-                self.health.change_queued();
+                self.change_queued();
             }
             Object::EndpointSlice(slice, times) => {
                 self.services.slice_changed(slice, times.happened);
                 self.decoded.push(times.decoded);
                 self.metrics.endpoints_changed();
-                self.health.change_queued();
+                self.change_queued();
             }
             Object::NetworkPolicy(policy, version) => {
                 self.gate.policy_changed(&policy.name.namespace, &policy.name.name, version);
@@ -469,12 +481,12 @@ impl Engine {
     }
 
     fn first_sync(&mut self) -> Result<(), EngineError> {
-        if self.kinds.len() < Kind::ALL.len() {
+        if !self.has_all() {
             return Err(EngineError::NotSynced);
         }
-        let Some(devices) = self.devices.borrow().clone() else {
-            return Err(EngineError::NotSynced);
-        };
+        let devices = self.devices.borrow().clone();
+        let devices = devices.ok_or(EngineError::NotSynced)?;
+        self.health.change_queued();
         let kernel = |error: &dyn std::fmt::Display| EngineError::Kernel(error.to_string());
         let adoption = self.adoption(&devices.config);
         let config = adoption.as_ref().unwrap_or(&devices.config);

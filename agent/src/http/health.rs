@@ -12,7 +12,7 @@ struct Inner {
     /// An earlier run's tables were in force at the start.
     served: bool,
     eligible: bool,
-    /// When the oldest change that no sync has picked up yet was queued.
+    /// When the oldest change that no sync has picked up yet was queued; none before everything is there to sync.
     pending: Option<Instant>,
     /// When the oldest change of the running sync was queued.
     in_flight: Option<Instant>,

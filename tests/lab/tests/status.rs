@@ -12,7 +12,7 @@ const NOT_AVAILABLE: Option<u64> = Some(50);
 const TRY_AGAIN: Option<u64> = Some(11);
 
 fn missing() -> Option<String> {
-    sh::missing(&["ip", "busybox", "openssl"], &["keelway-agent", "keelway-cni", "keelway"])
+    sh::missing(&["ip", "busybox", "openssl", "curl"], &["keelway-agent", "keelway-cni", "keelway"])
 }
 
 macro_rules! lab_or_skip {
@@ -265,4 +265,50 @@ fn the_fill_of_tables_that_is_shown_is_the_kernels() {
     assert!(gone.ok, "{gone:?}");
     write("services.yaml", &service(2, 4));
     wait_for("the same counts", Duration::from_secs(5), compare).unwrap();
+}
+
+/// A Node that nobody gives pod CIDRs keeps the agent waiting for good: that is no reason to start it again and again.
+#[test]
+fn an_agent_that_waits_for_pod_cidrs_lives() {
+    let lab = lab_or_skip!();
+    let node = lab.node(1);
+    let manifests = lab.dir.join("manifests");
+    std::fs::create_dir_all(&manifests).unwrap();
+    let write = |name: &str, text: &str| std::fs::write(manifests.join(name), text).unwrap();
+    write("node.yaml", &node_yaml(node, "").replace("podCIDRs: []", "unschedulable: false"));
+    let service = |port: u16| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: web}}\nspec: {{clusterIP: 10.96.0.1, ports: [{{port: {port}}}]}}\n"
+        )
+    };
+    write("service.yaml", &service(80));
+    let _running = agent(node, &["--manifests", &manifests.display().to_string()], &[]);
+    let get = |path: &str| -> (u16, serde_json::Value) {
+        let url = format!("http://127.0.0.1:10256/{path}");
+        let text = node.run(&["curl", "-sw", "\n%{http_code}", &url]).unwrap();
+        let (body, code) = text.trim_end().rsplit_once('\n').unwrap();
+        (code.parse().unwrap(), serde_json::from_str(body).unwrap())
+    };
+    wait_for("the reason to be said", Duration::from_secs(20), || {
+        let output = node.exec(&[&own("keelway"), "status", "-o", "json"])?;
+        let said = String::from_utf8(output.stdout)?;
+        anyhow::ensure!(said.contains("spec.podCIDRs is empty"), "{said}");
+        Ok(())
+    })
+    .unwrap();
+    for port in 81..84 {
+        write("service.yaml", &service(port));
+        std::thread::sleep(Duration::from_millis(700));
+        let (code, body) = get("livez");
+        // No change waits: the two minutes after which the agent would be taken for hung do not begin.
+        assert_eq!((code, &body["pendingSeconds"]), (200, &serde_json::Value::Null), "{body}");
+        assert_eq!(get("healthz").0, 503, "it has nothing to serve with yet");
+    }
+    write("node.yaml", &node_yaml(node, "10.244.1.0/24"));
+    wait_for("the first sync", Duration::from_secs(30), || {
+        let (code, body) = get("healthz");
+        anyhow::ensure!(code == 200, "{body}");
+        Ok(())
+    })
+    .unwrap();
 }
