@@ -18,6 +18,7 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::config::NodePortAddresses;
 use crate::engine::Devices;
 use crate::events::{Note, Recorder};
 use crate::http::{self, Health};
@@ -43,8 +44,11 @@ struct Server {
 pub struct HealthChecks {
     /// What is to be answered.
     pub wanted: watch::Receiver<Vec<HealthCheck>>,
-    /// Knows the addresses that node ports answer on; `None`: every address, without naming one.
-    pub addresses: Option<watch::Receiver<Option<Devices>>>,
+    /// On which addresses node ports answer. For all of a family, none is named: one that comes later, or is a load balancer's own,
+    /// is answered too.
+    pub node_ports: NodePortAddresses,
+    /// Knows those of this node.
+    pub devices: watch::Receiver<Option<Devices>>,
     /// Whether the agent is up to its work.
     pub health: Health,
     /// Receives what is wrong, in words.
@@ -59,40 +63,35 @@ impl HealthChecks {
         let mut servers = BTreeMap::new();
         loop {
             let wanted = self.wanted.borrow_and_update().clone();
-            let addresses = self.addresses.as_mut().map(|devices| {
-                let devices = devices.borrow_and_update();
-                devices.iter().flat_map(|devices| &devices.node_ports).map(|(address, _)| *address).collect::<Vec<_>>()
-            });
-            let problems = self.sync(&mut servers, &wanted, addresses.as_deref()).await;
+            let devices = self.devices.borrow_and_update().clone();
+            let known = devices.iter().flat_map(|devices| &devices.node_ports).map(|(address, _)| *address);
+            let any = [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()];
+            let any = any.into_iter().filter(|any| self.node_ports.is_all(any.is_ipv6()));
+            let named = known.filter(|address| !self.node_ports.is_all(address.is_ipv6()));
+            let addresses: Vec<IpAddr> = any.chain(named).collect();
+            let problems = self.sync(&mut servers, &wanted, &addresses).await;
             let again = !problems.is_empty();
             self.tell(problems);
             tokio::select! {
                 changed = self.wanted.changed() => if changed.is_err() { return },
-                changed = changed(&mut self.addresses) => if changed.is_err() { return },
+                changed = self.devices.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(RETRY), if again => {}
             }
         }
     }
 
-    /// Where a health check is served. Without any family there is nothing to count.
-    fn places(check: &HealthCheck, addresses: Option<&[IpAddr]>) -> Vec<(Place, usize)> {
-        let of_family = |count: Option<usize>, any: IpAddr| {
-            let own = |all: &[IpAddr]| all.iter().copied().filter(|it| it.is_ipv6() == any.is_ipv6()).collect();
-            let addresses: Vec<IpAddr> = addresses.map_or_else(|| vec![any], own);
-            count.map(|count| addresses.into_iter().map(move |address| (address, count)))
-        };
-        let v4 = of_family(check.ipv4, Ipv4Addr::UNSPECIFIED.into());
-        let v6 = of_family(check.ipv6, Ipv6Addr::UNSPECIFIED.into());
-        let all = v4.into_iter().flatten().chain(v6.into_iter().flatten());
+    /// Where a health check is served, and what it counts there. Without any family there is nothing to count.
+    fn places(check: &HealthCheck, addresses: &[IpAddr]) -> Vec<(Place, usize)> {
         let place = |address| Place { service: check.service.clone(), address: SocketAddr::new(address, check.port) };
-        all.map(|(address, count)| (place(address), count)).collect()
+        let counted = |address: &IpAddr| if address.is_ipv6() { check.ipv6 } else { check.ipv4 };
+        addresses.iter().filter_map(|address| counted(address).map(|count| (place(*address), count))).collect()
     }
 
     async fn sync(
         &self,
         servers: &mut BTreeMap<Place, Server>,
         wanted: &[HealthCheck],
-        addresses: Option<&[IpAddr]>,
+        addresses: &[IpAddr],
     ) -> BTreeMap<ObjectName, String> {
         let wanted: BTreeMap<Place, usize> = wanted.iter().flat_map(|check| Self::places(check, addresses)).collect();
         let gone: Vec<Place> = servers.keys().filter(|place| !wanted.contains_key(place)).cloned().collect();
@@ -147,14 +146,6 @@ impl HealthChecks {
             *now = next;
             changed
         });
-    }
-}
-
-/// Waits for other addresses, if there can be others.
-async fn changed(addresses: &mut Option<watch::Receiver<Option<Devices>>>) -> Result<(), watch::error::RecvError> {
-    match addresses {
-        Some(addresses) => addresses.changed().await,
-        None => std::future::pending().await,
     }
 }
 
@@ -238,7 +229,9 @@ mod tests {
         let health = Health::default();
         health.set_synced();
         let events = Recorder::none();
-        tokio::spawn(HealthChecks { wanted, addresses: None, health: health.clone(), problems, events }.run());
+        let (_devices_tx, devices) = watch::channel(None);
+        let (node_ports, health) = (NodePortAddresses::All, health.clone());
+        tokio::spawn(HealthChecks { wanted, node_ports, devices, health, problems, events }.run());
         until("served", async || get("127.0.0.1", first).await.is_some()).await;
         let answer = get("127.0.0.1", first).await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
@@ -275,25 +268,27 @@ mod tests {
     #[tokio::test]
     async fn node_port_addresses_alone_answer() {
         let port = free_port();
-        let (_wanted_tx, wanted) = watch::channel(vec![check("a", port, 1, None)]);
+        let (_wanted_tx, wanted) = watch::channel(vec![check("a", port, 1, Some(1))]);
         let devices = |address: &str| Devices {
             node: Vec::new(),
             xdp: BTreeMap::new(),
             vxlan: None,
             config: keelway_layout::NodeConfig::default(),
             host_addresses: Vec::new(),
+            own: Vec::new(),
             node_ports: vec![(address.parse().unwrap(), false)],
         };
-        let (devices_tx, addresses) = watch::channel(None);
-        let addresses = Some(addresses);
+        let (devices_tx, watched) = watch::channel(None);
         let (problems, _seen) = watch::channel(Vec::new());
         let (health, events) = (Health::default(), Recorder::none());
-        tokio::spawn(HealthChecks { wanted, addresses, health, problems, events }.run());
+        let node_ports = NodePortAddresses::In(vec!["127.0.0.0/8".parse().unwrap()]);
+        tokio::spawn(HealthChecks { wanted, node_ports, devices: watched, health, problems, events }.run());
         tokio::time::sleep(Duration::from_millis(200)).await;
         assert!(get("127.0.0.1", port).await.is_none(), "not before the addresses are known");
         devices_tx.send_replace(Some(devices("127.0.0.2")));
         until("served", async || get("127.0.0.2", port).await.is_some()).await;
         assert!(get("127.0.0.1", port).await.is_none());
+        assert!(get("::1", port).await.is_some(), "of the other family nothing was said: all of it");
         devices_tx.send_replace(Some(devices("127.0.0.1")));
         until("moved", async || get("127.0.0.1", port).await.is_some() && get("127.0.0.2", port).await.is_none()).await;
     }

@@ -57,7 +57,7 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
     let first = links.first().context("no device")?;
     let underlay = *node.internal_addresses.first().with_context(|| no_address(node))?;
     let mtu = pod_mtu(config, first.mtu, underlay);
-    let own = host.addresses(None).await?;
+    let own = own_addresses(host).await?;
     let host_addresses = sources(&pool, node, &own);
 
     for link in &links {
@@ -113,15 +113,15 @@ pub async fn prepare(config: &Config, node: &Node, host: &Handle) -> anyhow::Res
     let node_devices = links.iter().map(|link| link.name.clone()).collect();
     let node_ports = node_port_addresses(&config.nodeport_addresses, node, &pool, &own);
     let xdp = links.iter().map(|link| (link.name.clone(), xdp_modes(config.xdp, &link.kind))).collect();
-    let devices = Devices { node: node_devices, xdp, vxlan, config: programs, host_addresses, node_ports };
+    let devices = Devices { node: node_devices, xdp, vxlan, config: programs, host_addresses, own, node_ports };
     Ok(HostNetwork { devices, mtu, pod_cidrs: node.pod_cidrs.clone(), route_index })
 }
 
 /// What the host sends from to pods, one address a family: its own, which peers know it by; the first of the pod CIDR where
 /// it has none of that family. With another one than its own, a server of the host that answers UDP from the wildcard address
 /// would answer from an address that was never asked.
-fn sources(pool: &Pool, node: &Node, own: &[keelway_netlink::Address]) -> Vec<IpAddr> {
-    let held = |wanted: &IpAddr| own.iter().any(|address| address.address.addr() == *wanted);
+fn sources(pool: &Pool, node: &Node, own: &[IpAddr]) -> Vec<IpAddr> {
+    let held = |wanted: &IpAddr| own.contains(wanted);
     let of_family = |fallback: IpAddr| {
         let mut addresses = node.internal_addresses.iter().copied();
         addresses.find(|ip| ip.is_ipv4() == fallback.is_ipv4() && held(ip)).unwrap_or(fallback)
@@ -130,30 +130,36 @@ fn sources(pool: &Pool, node: &Node, own: &[keelway_netlink::Address]) -> Vec<Ip
 }
 
 /// The addresses on which node ports answer, sorted; `true` for loopback ones, which only the host's own processes can dial.
-fn node_port_addresses(
-    wanted: &NodePortAddresses,
-    node: &Node,
-    pool: &Pool,
-    own: &[keelway_netlink::Address],
-) -> Vec<(IpAddr, bool)> {
+fn node_port_addresses(wanted: &NodePortAddresses, node: &Node, pool: &Pool, own: &[IpAddr]) -> Vec<(IpAddr, bool)> {
     let pods = pool.host_addresses();
     let chosen = |address: &IpAddr| match wanted {
-        NodePortAddresses::All => !pods.contains(address),
+        _ if wanted.is_all(address.is_ipv6()) => !pods.contains(address),
         NodePortAddresses::Primary => node.internal_addresses.contains(address),
         NodePortAddresses::In(prefixes) => prefixes.iter().any(|prefix| prefix.contains(address)),
+        NodePortAddresses::All => true,
     };
-    let link_local = |address: &IpAddr| match address {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    };
-    let addresses = own.iter().map(|address| address.address.addr());
-    let mut found: Vec<_> = addresses
-        .filter(|address| !link_local(address) && chosen(address))
-        .map(|address| (address, address.is_loopback()))
-        .collect();
+    let addresses = own.iter().copied().filter(chosen);
+    addresses.map(|address| (address, address.is_loopback())).collect()
+}
+
+/// This host's addresses, sorted, without link-local ones.
+///
+/// # Errors
+/// The kernel's.
+pub async fn own_addresses(host: &Handle) -> keelway_netlink::Result<Vec<IpAddr>> {
+    let addresses = host.addresses(None).await?.into_iter().map(|address| address.address.addr());
+    let mut found: Vec<_> = addresses.filter(|address| !is_link_local(address)).collect();
     found.sort_unstable();
     found.dedup();
-    found
+    Ok(found)
+}
+
+/// Whether an address is only one's own on its link. Every pod's device has such.
+pub const fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
 }
 
 /// Keeps the pod CIDRs for `cleanup`, which asks nobody.

@@ -8,6 +8,7 @@
 //! Stopping stops nothing of the network: programs, maps, links, devices and routes stay.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use keelway_cni::ipam::Book;
 use keelway_cni::ipam::journal::Journal;
 use keelway_layout::LAYOUT_VERSION;
 use keelway_maps::Datapath;
-use keelway_netlink::Handle as Netlink;
+use keelway_netlink::{AddressMonitor, Handle as Netlink};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::{TcpListener, UnixListener};
@@ -29,7 +30,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::attachments::{AttachmentService, leases_path};
-use crate::config::{Config, NodePortAddresses, SourceConfig, Xdp};
+use crate::config::{Config, SourceConfig, Xdp};
 use crate::engine::{Command, Devices, Engine, Handle, HostRoutes, Settings, Wiring, adopt};
 use crate::events::{self, Recorder};
 use crate::gate::Gate;
@@ -48,6 +49,8 @@ use crate::sweep::{self, Flows};
 const HOST_PERIOD: Duration = Duration::from_secs(30);
 const NODE_WAIT: Duration = Duration::from_secs(10);
 const HOST_RETRY: Duration = Duration::from_secs(2);
+/// Addresses that change together are taken together.
+const SETTLE: Duration = Duration::from_millis(50);
 
 /// Runs until SIGTERM or SIGINT.
 ///
@@ -146,9 +149,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(host_task.run());
     let (problems, health_check_problems) = watch::channel(Vec::new());
     tokio::spawn(events::follow(complaints, recorder.clone()));
-    // For all, no address is named: one that comes later, or is a load balancer's own, is answered too.
-    let addresses = (config.nodeport_addresses != NodePortAddresses::All).then_some(node_port_devices);
-    let health_checks = HealthChecks { wanted, addresses, health: health.clone(), problems, events: recorder };
+    let health_checks = HealthChecks {
+        wanted,
+        node_ports: config.nodeport_addresses.clone(),
+        devices: node_port_devices,
+        health: health.clone(),
+        problems,
+        events: recorder,
+    };
     tokio::spawn(health_checks.run());
     serve_http(listeners, health, metrics, &engine, &status, flows);
     let (neighbours_tx, neighbours) = watch::channel(Vec::new());
@@ -360,7 +368,13 @@ impl HostTask {
     async fn run(mut self) {
         // The objects are just being read: to know of no Node yet is nothing to warn of.
         let _ = tokio::time::timeout(NODE_WAIT, self.node.wait_for(Option::is_some)).await;
+        let mut monitor = None;
         loop {
+            if monitor.is_none() {
+                let opened = AddressMonitor::open();
+                monitor = opened.inspect_err(|error| tracing::warn!(%error, "new addresses are seen late")).ok();
+            }
+            let seen = host::own_addresses(&self.netlink).await.ok();
             let again = match self.once().await {
                 Ok(()) => {
                     self.problem.send_replace(String::new());
@@ -378,6 +392,7 @@ impl HostTask {
             tokio::select! {
                 changed = self.node.changed() => if changed.is_err() { return },
                 changed = self.routes.changed() => if changed.is_err() { return },
+                () = moved(&mut monitor, &self.netlink, &seen) => {}
                 () = tokio::time::sleep(again) => {}
             }
         }
@@ -406,4 +421,20 @@ impl HostTask {
         }
         Ok(())
     }
+}
+
+/// Waits until the host has other addresses than it was `seen` to have.
+async fn moved(monitor: &mut Option<AddressMonitor>, netlink: &Netlink, seen: &Option<Vec<IpAddr>>) {
+    while let Some(open) = monitor {
+        if !open.changed(|address| !host::is_link_local(address)).await {
+            *monitor = None;
+            break;
+        }
+        tokio::time::sleep(SETTLE).await;
+        // What is refreshed only, by the agent's own hand too, is no change.
+        if host::own_addresses(netlink).await.ok() != *seen {
+            return;
+        }
+    }
+    std::future::pending().await
 }

@@ -89,7 +89,7 @@ pub(crate) fn family(address: IpAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
-fn to_address(message: RouteNetlinkMessage) -> Option<Address> {
+pub(crate) fn to_address(message: RouteNetlinkMessage) -> Option<Address> {
     let RouteNetlinkMessage::NewAddress(message) = message else { return None };
     // IPv4 has the own address in LOCAL and the peer's in ADDRESS, IPv6 only ADDRESS unless there is a peer.
     let (mut local, mut other, mut flags) = (None, None, u32::from(message.header.flags.bits()));

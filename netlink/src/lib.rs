@@ -1,6 +1,6 @@
 //! Typed verbs over rtnetlink: what a node's data plane asks of links, addresses, routes and neighbours.
 //!
-//! One file a concern: [`link`], [`vxlan`], [`addr`], [`route`], [`neigh`], [`netns`], [`sysctl`], [`sockets`]. A [`Handle`] is a
+//! One file a concern: [`link`], [`vxlan`], [`addr`], [`route`], [`neigh`], [`netns`], [`monitor`], [`sysctl`], [`sockets`]. A [`Handle`] is a
 //! socket that belongs to one network namespace for good; [`Handle::open`] takes the process's own,
 //! [`Handle::open_in`] another's. Whatever has to *be* in another namespace (opening that socket, writing
 //! `/proc/sys/net`) runs on a thread of its own that is thrown away afterwards: a tokio worker never changes namespace.
@@ -12,6 +12,7 @@ pub mod addr;
 mod error;
 mod handle;
 pub mod link;
+pub mod monitor;
 pub mod neigh;
 pub mod netns;
 pub mod route;
@@ -24,6 +25,7 @@ pub use addr::{Address, AddressOptions};
 pub use error::{Error, Result};
 pub use handle::Handle;
 pub use link::{AddrGenMode, Link, Veth};
+pub use monitor::AddressMonitor;
 pub use neigh::Neighbour;
 pub use netns::{Netns, NetnsId};
 pub use route::{PROTOCOL_KEELWAY, Route, RouteFilter, RouteScope, TABLE_MAIN};

@@ -116,8 +116,22 @@ pub enum NodePortAddresses {
     All,
     /// On those of the Node object.
     Primary,
-    /// On those inside of these prefixes.
+    /// On those inside of these prefixes; of a family that has none here, or all of it, on all.
     In(Vec<IpNet>),
+}
+
+impl NodePortAddresses {
+    /// Whether node ports answer on all addresses of a family (kube-proxy's rule: each family is told for itself).
+    pub fn is_all(&self, ipv6: bool) -> bool {
+        match self {
+            Self::All => true,
+            Self::Primary => false,
+            Self::In(prefixes) => {
+                let mut own = prefixes.iter().filter(|prefix| prefix.addr().is_ipv6() == ipv6).peekable();
+                own.peek().is_none() || own.any(|prefix| prefix.prefix_len() == 0)
+            }
+        }
+    }
 }
 
 /// A range of ports, both ends included.

@@ -161,6 +161,8 @@ pub struct Devices {
     pub config: NodeConfig,
     /// What the host sends from to pods, one a family.
     pub host_addresses: Vec<IpAddr>,
+    /// All addresses of the host, sorted, but for link-local ones.
+    pub own: Vec<IpAddr>,
     /// On which node ports answer; `true`: only to the host's own processes.
     pub node_ports: Vec<(IpAddr, bool)>,
 }
