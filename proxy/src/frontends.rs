@@ -144,7 +144,7 @@ fn source_ranges(service: &Service, ipv6: bool, node: &NodeInfo) -> Option<Arc<[
     if ranges.iter().any(|net| net.prefix_len() == 0) {
         return None;
     }
-    let own = |net: &IpNet| node.addresses.iter().any(|(addr, host_only)| !host_only && net.contains(addr));
+    let own = |net: &IpNet| node.ips.iter().any(|addr| net.contains(addr));
     if ranges.iter().any(own) {
         ranges.extend(of_family(&service.load_balancer_ips, ipv6).map(IpNet::from));
     }

@@ -79,10 +79,8 @@ fn restricted(
     if let (Dialled::LoadBalancerIp, Some(ranges)) = (dialled, &service.source_ranges) {
         let listed = ranges.iter().any(|range| range.contains(&packet.client));
         // A node that holds the balancer's address itself dials from it.
-        let node_listed = node
-            .addresses
-            .iter()
-            .any(|(own, host_only)| !host_only && own.is_ipv6() == ipv6 && ranges.iter().any(|r| r.contains(own)));
+        let node_listed =
+            node.ips.iter().any(|own| own.is_ipv6() == ipv6 && ranges.iter().any(|range| range.contains(own)));
         let is_balancer = service.load_balancer_ips.contains(&packet.client) && !packet.client.is_loopback();
         let admitted = listed || (node_listed && is_balancer);
         if !admitted {

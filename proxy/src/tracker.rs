@@ -15,6 +15,8 @@ pub struct NodeInfo {
     pub name: String,
     /// Its label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
+    /// Its own address of each family, as its Node object has it (kube-proxy's `nodeIP`).
+    pub ips: Vec<IpAddr>,
     /// The addresses on which node ports answer. `true`: for processes of the host's network namespace only (loopback).
     pub addresses: Vec<(IpAddr, bool)>,
 }
@@ -51,15 +53,15 @@ impl Model {
         Self { node, changed: BTreeSet::from([ObjectName::this_node()]), ..Self::default() }
     }
 
-    /// The node's name or zone changed: every Service is worked out again. Addresses matter to Services with source ranges.
+    /// The node's name or zone changed: every Service is worked out again. Its own address matters to Services with source ranges.
     pub fn set_node(&mut self, node: NodeInfo) {
         let moved = (&self.node.name, &self.node.zone) != (&node.name, &node.zone);
+        let renumbered = self.node.ips != node.ips;
         if self.node.addresses != node.addresses {
             self.changed.insert(ObjectName::this_node());
-        } else if !moved {
-            return;
         }
-        let concerned = self.services.values().filter(|service| moved || service.source_ranges.is_some());
+        let concerned =
+            self.services.values().filter(|service| moved || (renumbered && service.source_ranges.is_some()));
         self.changed.extend(concerned.map(|service| service.name.clone()));
         self.node = node;
     }

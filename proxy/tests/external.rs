@@ -63,6 +63,7 @@ impl Node {
         let node = NodeInfo {
             name: "n1".into(),
             zone: None,
+            ips: vec![addr("192.0.2.1")],
             addresses: vec![(addr("192.0.2.1"), false), (addr("127.0.0.1"), true), (addr("::1"), true)],
         };
         Self { model: Model::new(node), tables: Tables::new(LIMITS), kernel: Simulated::default() }

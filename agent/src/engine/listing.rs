@@ -91,10 +91,8 @@ impl Services {
 
 impl Engine {
     pub(super) fn listing(&self, which: &Selection) -> BTreeMap<ObjectName, ListedService> {
-        let own: Vec<IpAddr> =
-            self.devices.borrow().iter().flat_map(|devices| &devices.node_ports).map(|(addr, _)| *addr).collect();
         let endpoints = &self.datapath.tables.endpoints;
-        let is_local = |addr: IpAddr| own.contains(&addr) || matches!(endpoints.get(&addr.into()), Ok(Some(_)));
+        let is_local = |addr: IpAddr| self.own.contains(&addr) || matches!(endpoints.get(&addr.into()), Ok(Some(_)));
         self.services.listing(which, is_local)
     }
 }

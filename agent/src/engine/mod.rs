@@ -205,6 +205,8 @@ pub struct Engine {
 
     kinds: BTreeSet<Kind>,
     nodes: BTreeMap<String, Node>,
+    /// This host's addresses, but for loopback and link-local ones.
+    own: Vec<IpAddr>,
     services: services::Services,
     policies: policies::Policies,
     endpoints: endpoints::Endpoints,
@@ -291,6 +293,7 @@ impl Engine {
             metrics,
             kinds: BTreeSet::new(),
             nodes: BTreeMap::new(),
+            own: Vec::new(),
             pod_uids: BTreeMap::new(),
             waiting: Vec::new(),
             gate: gate::Gate::default(),
@@ -430,8 +433,10 @@ impl Engine {
         if self.retry_at.is_some() {
             return;
         }
-        if let Some(devices) = &*self.devices.borrow() {
-            self.services.set_addresses(devices.node_ports.clone());
+        let known = self.devices.borrow().as_ref().map(|devices| (devices.node_ports.clone(), devices.own.clone()));
+        if let Some((node_ports, own)) = known {
+            self.services.set_addresses(node_ports);
+            self.own_changed(own.into_iter().filter(|address| !address.is_loopback()).collect());
         }
         let result = if self.is_synced() { self.apply() } else { self.first_sync() };
         self.settle(result);

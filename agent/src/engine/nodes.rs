@@ -33,11 +33,25 @@ impl Engine {
     fn policy_node(&self, node: &Node) -> policy::model::Node {
         let mut addresses = node.internal_addresses.clone();
         addresses.extend(host_addresses(node));
+        if node.name == self.settings.node_name {
+            addresses.extend(self.own.iter().filter(|own| !addresses.contains(own)).copied().collect::<Vec<_>>());
+        }
         policy::model::Node {
             name: node.name.clone(),
             is_local: node.name == self.settings.node_name,
             addresses,
             pod_cidrs: node.pod_cidrs.clone(),
+        }
+    }
+
+    /// Addresses came to this host or left it.
+    pub(super) fn own_changed(&mut self, own: Vec<IpAddr>) {
+        if self.own == own {
+            return;
+        }
+        self.own = own;
+        if let Some(node) = self.nodes.get(&self.settings.node_name) {
+            self.policies.model.upsert_node(self.policy_node(node));
         }
     }
 
@@ -47,7 +61,9 @@ impl Engine {
         }
         self.policies.model.upsert_node(self.policy_node(&node));
         if node.name == self.settings.node_name {
-            self.services.set_zone(node.labels.get("topology.kubernetes.io/zone").cloned());
+            let zone = node.labels.get("topology.kubernetes.io/zone").cloned();
+            let first = |v6: bool| node.internal_addresses.iter().copied().find(|address| address.is_ipv6() == v6);
+            self.services.set_place(zone, first(false).into_iter().chain(first(true)).collect());
             self.health.set_eligible(node.eligible);
             self.node_tx.send_replace(Some(node.clone()));
         }

@@ -120,9 +120,10 @@ impl Services {
         }
     }
 
-    /// The zone of the node, which topology hints name.
-    pub fn set_zone(&mut self, zone: Option<String>) {
+    /// The zone of the node, which topology hints name, and its own address of each family.
+    pub fn set_place(&mut self, zone: Option<String>, ips: Vec<IpAddr>) {
         self.node.zone = zone;
+        self.node.ips = ips;
         self.model.set_node(self.node.clone());
     }
 

@@ -129,10 +129,12 @@ pub struct Runner<'a> {
 pub fn run(kernel: &mut Kernel, scenario: &Scenario) -> Result<usize, String> {
     let addresses = [(NODE[0], false), (NODE[1], false), ("127.0.0.1", true), ("::1", true)];
     let addresses: Vec<(IpAddr, bool)> = addresses.iter().map(|(addr, host_only)| (ip(addr), *host_only)).collect();
-    let node = NodeInfo { name: "n1".into(), zone: scenario.zone.clone(), addresses: addresses.clone() };
+    let ips = vec![ip(NODE[0]), ip(NODE[1])];
+    let node =
+        NodeInfo { name: "n1".into(), zone: scenario.zone.clone(), ips: ips.clone(), addresses: addresses.clone() };
     kernel.set_routed(scenario.routed);
     kernel.forget_flows();
-    kernel.services.set_zone(scenario.zone.clone());
+    kernel.services.set_place(scenario.zone.clone(), ips);
     kernel.services.set_addresses(addresses);
     let mut runner = Runner {
         kernel,

@@ -123,7 +123,7 @@ pub fn egress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i3
 /// A packet of the host's own: if it answers a Service's client, or is an error about what that sent, it leaves under the address that was dialled.
 #[inline(always)]
 pub fn own_answer(skb: Skb, packet: &mut Packet, node: &NodeConfig) -> Result<i32, Reason> {
-    let own = packet.tuple.src == node_addr(node, packet.v6);
+    let own = packet.tuple.src == node_addr(node, packet.v6) || service::is_hosts(&packet.tuple.src);
     let tunnelled = packet.tuple.proto == UDP && packet.tuple.dport == node.vxlan_port;
     if own && !tunnelled {
         service_answer(skb, packet, now())?;

@@ -82,6 +82,12 @@ fn is_no_pod(addr: &Addr) -> bool {
     who != identity::UNKNOWN_POD && who < identity::FIRST_POD
 }
 
+/// Whether an address is any of the host's own.
+#[inline(never)]
+pub fn is_hosts(addr: &Addr) -> bool {
+    identity_of(addr) == identity::HOST
+}
+
 /// A packet that may be for a Service, to its backend: a pod here, the host itself, or elsewhere.
 #[inline(always)]
 pub fn arrive(
@@ -115,7 +121,7 @@ pub fn arrive(
         return Err(Reason::TunnelFromPod);
     }
     let own = node_addr(node, packet.v6);
-    if packet.tuple.dst == own {
+    if packet.tuple.dst == own || is_hosts(&packet.tuple.dst) {
         // A backend in the host's own network: its answers are met on their way out.
         return Ok(OK);
     }

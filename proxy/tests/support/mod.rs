@@ -128,14 +128,15 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
                 node_hints: nodes.into_iter().map(str::to_owned).collect(),
             });
     let ports = prop_oneof![3 => Just(vec![usual]), 1 => prop::collection::vec(port, 1..3)];
-    (slice_name(), service_name(), ports, prop::collection::vec(endpoint, 0..8))
-        .prop_map(|(name, service, ports, endpoints)| EndpointSlice {
+    (slice_name(), service_name(), ports, prop::collection::vec(endpoint, 0..8)).prop_map(
+        |(name, service, ports, endpoints)| EndpointSlice {
             name,
             service: service.name,
             ports,
             endpoints,
             problems: Vec::new(),
-        })
+        },
+    )
 }
 
 pub fn event() -> impl Strategy<Value = Event> {
@@ -165,7 +166,8 @@ pub struct World {
 
 impl World {
     pub fn new() -> Self {
-        let node = NodeInfo { name: "n1".into(), zone: None, addresses: vec![(addr("192.0.2.1"), false)] };
+        let ips = vec![addr("192.0.2.9"), addr("2001:db8::1")];
+        let node = NodeInfo { name: "n1".into(), zone: None, ips, addresses: vec![(addr("192.0.2.1"), false)] };
         Self { node, ..Self::default() }
     }
 
