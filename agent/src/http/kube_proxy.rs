@@ -1,11 +1,11 @@
-//! kube-proxy's own metrics, for dashboards and alerts that were made for it: names, labels and buckets of
-//! kubernetes/kubernetes, pkg/proxy/metrics/metrics.go, but for those of one back end (`..._nftables_...`, `..._iptables_...`,
-//! `conntrack_reconciler_...`), which say nothing here.
+//! The metrics that kube-proxy has too: names, labels and buckets of kubernetes/kubernetes, pkg/proxy/metrics/metrics.go, but for
+//! those of one back end (`..._nftables_...`, `..._iptables_...`, `conntrack_reconciler_...`), which say nothing here.
 //!
 //! A sync is one of both families here: each is told. A Service's change is counted once; kube-proxy counts it in each of its
 //! two proxies.
 
 use std::iter::successors;
+use std::sync::atomic::AtomicU64;
 
 use keelway_proxy::NoLocal;
 use prometheus_client::encoding::EncodeLabelSet;
@@ -15,7 +15,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-use super::metrics::Seconds;
+/// Seconds as a float.
+type Seconds = Gauge<f64, AtomicU64>;
 
 const FAMILIES: [(&str, bool); 2] = [("IPv4", false), ("IPv6", true)];
 
@@ -100,8 +101,8 @@ impl Default for KubeProxy {
 }
 
 impl KubeProxy {
-    pub fn register(&self, all: &mut Registry) {
-        let registry = all.sub_registry_with_prefix("kubeproxy");
+    /// Into a registry whose prefix stands for `kubeproxy`.
+    pub fn register(&self, registry: &mut Registry) {
         let sync = "Time to bring changes to the kernel";
         registry.register("sync_proxy_rules_duration_seconds", sync, self.sync.clone());
         registry.register("sync_full_proxy_rules_duration_seconds", "The same, of everything", self.full.clone());

@@ -1,7 +1,7 @@
-//! The agent's metrics. Names are kube-proxy's with `keelway_` in front where kube-proxy has such a metric.
+//! The agent's metrics. Where kube-proxy has such a metric, it is kube-proxy's with `keelway_` in place of `kubeproxy_`.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -16,11 +16,6 @@ use crate::source::{Kind, Status};
 
 /// What [`Metrics::encode`] writes.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct CodeLabel {
-    code: u16,
-}
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct DropLabels {
@@ -50,9 +45,6 @@ const CHANGE_WRITE: [f64; 18] = [
     0.5, 2.0,
 ];
 
-/// Seconds as a float.
-pub type Seconds = Gauge<f64, AtomicU64>;
-
 /// A handle on the agent's metrics; clones share them.
 #[derive(Clone, Debug)]
 pub struct Metrics(Arc<Inner>);
@@ -60,17 +52,8 @@ pub struct Metrics(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     registry: Registry,
-    sync_duration: Histogram,
-    sync_last: Seconds,
-    service_changes_pending: Gauge,
-    service_changes: Counter,
-    endpoint_changes_pending: Gauge,
-    endpoint_changes: Counter,
-    programming_duration: Histogram,
     change_write: Histogram,
     sync_errors: Counter,
-    healthz: Family<CodeLabel, Counter>,
-    livez: Family<CodeLabel, Counter>,
     drops: Family<DropLabels, Counter>,
     drop_bytes: Family<DropLabels, Counter>,
     map_entries: Family<MapLabel, Gauge>,
@@ -96,7 +79,7 @@ impl Metrics {
     /// The same, and under kube-proxy's own names too, with its labels and buckets.
     pub fn with_kube_proxy_names(version: &str, layout: u32) -> Self {
         let (mut all, kube_proxy) = (Registry::default(), KubeProxy::default());
-        kube_proxy.register(&mut all);
+        kube_proxy.register(all.sub_registry_with_prefix("kubeproxy"));
         Self::build(version, layout, all, kube_proxy)
     }
 
@@ -104,10 +87,7 @@ impl Metrics {
         let registry = all.sub_registry_with_prefix("keelway");
         let labels = vec![("version".to_owned(), version.to_owned()), ("layout".to_owned(), layout.to_string())];
         registry.register("build", "What runs: always 1", Info::new(labels));
-        // 1 ms to 16 s, as in kube-proxy.
-        let sync_duration = Histogram::new(exponential_buckets(0.001, 2.0, 15));
-        // From a quarter of a second to 512 s; kube-proxy's buckets span the same.
-        let programming_duration = Histogram::new(exponential_buckets(0.25, 2.0, 12));
+        kube_proxy.register(registry);
         macro_rules! registered {
             ($name:literal, $help:literal, $metric:expr) => {{
                 let metric = $metric;
@@ -116,45 +96,12 @@ impl Metrics {
             }};
         }
         let inner = Inner {
-            sync_duration: registered!(
-                "sync_proxy_rules_duration_seconds",
-                "Time to bring changes to the kernel",
-                sync_duration
-            ),
-            sync_last: registered!(
-                "sync_proxy_rules_last_timestamp_seconds",
-                "When the kernel was last brought up to date",
-                Seconds::default()
-            ),
-            service_changes_pending: registered!(
-                "sync_proxy_rules_service_changes_pending",
-                "Service changes that wait for the next sync",
-                Gauge::default()
-            ),
-            service_changes: registered!("sync_proxy_rules_service_changes", "Service changes", Counter::default()),
-            endpoint_changes_pending: registered!(
-                "sync_proxy_rules_endpoint_changes_pending",
-                "EndpointSlice changes that wait for the next sync",
-                Gauge::default()
-            ),
-            endpoint_changes: registered!(
-                "sync_proxy_rules_endpoint_changes",
-                "EndpointSlice changes",
-                Counter::default()
-            ),
-            programming_duration: registered!(
-                "network_programming_duration_seconds",
-                "From the change of an endpoint, by its own time stamp, to the kernel",
-                programming_duration
-            ),
             change_write: registered!(
                 "change_write_duration_seconds",
                 "From a decoded change of endpoints to its last write to the kernel",
                 Histogram::new(CHANGE_WRITE)
             ),
             sync_errors: registered!("sync_errors", "Syncs that failed and are retried", Counter::default()),
-            healthz: registered!("proxy_healthz", "Answers of /healthz by HTTP status", Family::default()),
-            livez: registered!("proxy_livez", "Answers of /livez by HTTP status", Family::default()),
             drops: registered!("drop", "Packets dropped", Family::default()),
             drop_bytes: registered!("drop_bytes", "Bytes of packets dropped", Family::default()),
             map_entries: registered!("map_entries", "Entries of a kernel table", Family::default()),
@@ -204,10 +151,6 @@ impl Metrics {
 
     /// A sync succeeded after `seconds`, at `unix_seconds`; `full`: of everything, not of what changed.
     pub fn sync_done(&self, seconds: f64, unix_seconds: f64, full: bool) {
-        self.0.sync_duration.observe(seconds);
-        self.0.sync_last.set(unix_seconds);
-        self.0.service_changes_pending.set(0);
-        self.0.endpoint_changes_pending.set(0);
         self.0.kube_proxy.sync_done(seconds, unix_seconds, full);
     }
 
@@ -218,21 +161,16 @@ impl Metrics {
 
     /// A Service changed.
     pub fn service_changed(&self) {
-        self.0.service_changes.inc();
-        self.0.service_changes_pending.inc();
         self.0.kube_proxy.service_changed();
     }
 
     /// An EndpointSlice changed.
     pub fn endpoints_changed(&self) {
-        self.0.endpoint_changes.inc();
-        self.0.endpoint_changes_pending.inc();
         self.0.kube_proxy.endpoints_changed();
     }
 
     /// A change of an endpoint reached the kernel `seconds` after it happened; `ipv6` is its family, where it has endpoints.
     pub fn endpoint_programmed(&self, seconds: f64, ipv6: Option<bool>) {
-        self.0.programming_duration.observe(seconds);
         self.0.kube_proxy.endpoint_programmed(seconds, ipv6);
     }
 
@@ -302,12 +240,10 @@ impl Metrics {
     }
 
     pub(super) fn count_healthz(&self, code: u16) {
-        self.0.healthz.get_or_create(&CodeLabel { code }).inc();
         self.0.kube_proxy.count_healthz(code);
     }
 
     pub(super) fn count_livez(&self, code: u16) {
-        self.0.livez.get_or_create(&CodeLabel { code }).inc();
         self.0.kube_proxy.count_livez(code);
     }
 }
@@ -322,6 +258,8 @@ mod tests {
         metrics.service_changed();
         metrics.endpoints_changed();
         metrics.count_healthz(503);
+        metrics.sync_done(0.003, 7.0, true);
+        metrics.endpoint_programmed(0.4, Some(true));
         metrics.set_drops("policy", "pod-ingress", 5, 300);
         metrics.set_map("conntrack4", 10, 100);
         metrics.set_flows("conntrack4", 6, 4, 9);
@@ -330,11 +268,15 @@ mod tests {
         for line in [
             "keelway_build_info{version=\"0.1.0\",layout=\"7\"} 1",
             "keelway_sync_proxy_rules_service_changes_total 1",
-            "keelway_sync_proxy_rules_service_changes_pending 1",
-            "keelway_sync_proxy_rules_endpoint_changes_pending 1",
-            "keelway_sync_proxy_rules_duration_seconds_count 0",
-            "keelway_network_programming_duration_seconds_count 0",
+            "keelway_sync_proxy_rules_service_changes_pending 0",
+            "keelway_sync_proxy_rules_endpoint_changes_pending 0",
+            "keelway_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} 1",
+            "keelway_sync_full_proxy_rules_duration_seconds_bucket{le=\"0.004\",ip_family=\"IPv6\"} 1",
+            "keelway_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv4\"} 7.0",
+            "keelway_network_programming_duration_seconds_bucket{le=\"0.5\",ip_family=\"IPv6\"} 1",
+            "keelway_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv4\",traffic_policy=\"internal\"} 0",
             "keelway_proxy_healthz_total{code=\"503\"} 1",
+            "keelway_proxy_livez_total{code=\"200\"} 0",
             "keelway_drop_total{reason=\"policy\",hook=\"pod-ingress\"} 5",
             "keelway_drop_bytes_total{reason=\"policy\",hook=\"pod-ingress\"} 300",
             "keelway_map_entries{map=\"conntrack4\"} 10",
@@ -347,6 +289,18 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is missing from\n{text}");
         }
+        let queued = "keelway_sync_proxy_rules_last_queued_timestamp_seconds{ip_family=\"IPv6\"} ";
+        assert!(text.contains(queued), "{text}");
         assert!(!text.contains("kubeproxy_"), "kube-proxy's own names are for those who ask for them");
+        // The same under both names.
+        let both = Metrics::with_kube_proxy_names("0.1.0", 7);
+        both.sync_done(0.003, 7.0, false);
+        let text = both.encode();
+        let of = |prefix: &str| -> Vec<String> {
+            let lines = text.lines().filter(|line| line.starts_with(prefix));
+            lines.map(|line| line.replacen(prefix, "", 1)).collect()
+        };
+        let theirs = of("kubeproxy_");
+        assert!(theirs.len() > 50 && theirs.iter().all(|line| of("keelway_").contains(line)), "{text}");
     }
 }
