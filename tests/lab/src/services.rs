@@ -48,7 +48,32 @@ impl Backend {
     }
 }
 
+impl Backend {
+    /// As an entry of a slice of one family.
+    pub fn endpoint(&self, v6: bool) -> Value {
+        json!({"addresses": [self.addresses[usize::from(v6)]], "conditions": self.conditions, "nodeName": self.node})
+    }
+}
+
+/// A slice of one family of the Service `service` in `default`.
+pub fn slice(name: &str, service: &str, v6: bool, ports: &Value, backends: &[Backend]) -> Value {
+    let family = if v6 { "IPv6" } else { "IPv4" };
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+        "metadata": {"name": format!("{name}-{family}").to_lowercase(), "namespace": "default",
+            "labels": {"kubernetes.io/service-name": service}},
+        "ports": ports, "endpoints": backends.iter().map(|backend| backend.endpoint(v6)).collect::<Vec<_>>(),
+    })
+}
+
 impl Standalone {
+    /// Writes (or replaces) a file of these objects.
+    pub fn put_objects(&self, file: &str, objects: &[Value]) -> Result<()> {
+        // JSON is YAML.
+        let text: Vec<String> = objects.iter().map(Value::to_string).collect();
+        self.write(file, &text.join("\n---\n"))
+    }
+
     /// Writes the dual-stack Service `name` in `default` with one port named `p`; `spec` is merged over what every Service has, and
     /// `status` is its status. All backends are of one port.
     pub fn put_service(&self, name: &str, spec: &Value, status: &Value, backends: &[Backend]) -> Result<()> {
@@ -63,21 +88,9 @@ impl Standalone {
         let metadata = json!({"name": name, "namespace": "default", "annotations": annotations});
         let mut objects =
             vec![json!({"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": full, "status": status})];
-        for (index, family) in ["IPv4", "IPv6"].into_iter().enumerate() {
-            let endpoints: Vec<_> = backends
-                .iter()
-                .map(|b| json!({"addresses": [b.addresses[index]], "conditions": b.conditions, "nodeName": b.node}))
-                .collect();
-            let labels = json!({"kubernetes.io/service-name": name});
-            objects.push(json!({
-                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
-                "metadata": {"name": format!("{name}-{family}").to_lowercase(), "namespace": "default", "labels": labels},
-                "ports": [{"name": "p", "protocol": protocol, "port": backends.first().map_or(8080, |b| b.port)}],
-                "endpoints": endpoints,
-            }));
-        }
-        // JSON is YAML.
-        let text: Vec<String> = objects.iter().map(Value::to_string).collect();
-        self.write(&format!("service-{name}"), &text.join("\n---\n"))
+        let port = backends.first().map_or(8080, |backend| backend.port);
+        let ports = json!([{"name": "p", "protocol": protocol, "port": port}]);
+        objects.extend([false, true].map(|v6| slice(name, name, v6, &ports, backends)));
+        self.put_objects(&format!("service-{name}"), &objects)
     }
 }
