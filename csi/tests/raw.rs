@@ -94,6 +94,32 @@ async fn what_may_hold_data_is_never_taken() {
 }
 
 #[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn what_somebody_writes_to_a_claimed_disk_is_his() {
+    let mut driver = Driver::new().disks(1, 64);
+    driver.start();
+    // By the start and by the end of it, where a RAID has what it is known by.
+    for (at, kind) in [(0, mount("ext4")), ((64 << 20) - 4096, mount("ext4")), ((64 << 20) - 4096, block())] {
+        let volume = made(&driver, "pvc-1", 16 * MIB, &kind).await.unwrap();
+        let calls = Calls::new(&driver, &volume.volume_id, kind.clone());
+        let disk = fs::File::options().write(true).open(driver.disk(0)).unwrap();
+        disk.write_all_at(&[7; 4096], at).unwrap();
+        disk.sync_all().unwrap();
+        drop(disk);
+        let refused = driver.node().await.node_stage_volume(calls.stage()).await.unwrap_err();
+        assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("blank"), "{refused}");
+        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+        let found = fs::read(driver.disk(0)).unwrap();
+        assert!(found[at as usize..][..4096] == [7; 4096], "it was wiped");
+        // Nor is it taken again.
+        let none = made(&driver, "pvc-2", 16 * MIB, &kind).await.unwrap_err();
+        assert_eq!(none.code(), Code::ResourceExhausted);
+        fs::File::options().write(true).open(driver.disk(0)).unwrap().write_all_at(&[0; 4096], at).unwrap();
+    }
+    driver.assert_clean();
+}
+
+#[tokio::test]
 #[ignore = "needs root, loop devices and XFS"]
 async fn a_disk_that_hangs_holds_up_nobody_else() {
     // The first disk is a file of a filesystem that we can hold still: then writes to the disk do not come back.

@@ -16,7 +16,8 @@ use crate::sys::mountinfo::{self, Mount};
 use crate::sys::target::Found;
 use crate::sys::{Dev, block, mkfs};
 
-/// All signatures that filesystems and others are known by begin in here.
+/// Signatures that filesystems and others are known by begin in as much from the start, or, as a RAID's and the second copy of
+/// a partition table, in as much to the end.
 pub const HEAD: u64 = 1 << 20;
 
 /// A block device, held open.

@@ -24,7 +24,7 @@ use crate::model::{
     VolumeId,
 };
 use crate::state::Store;
-use crate::sys::loopdev::{Binding, LoopDevice, wait_gone};
+use crate::sys::loopdev::{Binding, LoopDevice};
 use crate::sys::mount::{self, Detached};
 use crate::sys::mountinfo::{self, Mount};
 use crate::sys::target::Found;
@@ -50,9 +50,18 @@ impl Images {
     /// # Errors
     /// [`Error::Io`].
     pub fn new(pool: Arc<Pool>) -> Result<Self> {
-        let (from, to) = (pool.unnamed()?, pool.unnamed()?);
-        from.set_len(4096).context(|| "try out whether blocks can be shared")?;
-        let shares = copy::share(&from, &to).context(|| "try out whether blocks can be shared")?;
+        let tried = || {
+            let (from, to) = (pool.unnamed()?, pool.unnamed()?);
+            from.set_len(4096).and_then(|()| copy::share(&from, &to)).context(|| "try out whether blocks can be shared")
+        };
+        let shares = match tried() {
+            Err(error) if error.code() == tonic::Code::ResourceExhausted => {
+                // What takes volumes down must go on, and new ones there cannot be.
+                tracing::warn!(%error, "the pool is full: whether it can share blocks the next start will tell");
+                false
+            }
+            tried => tried?,
+        };
         Ok(Self { pool, shares, sharing: Arc::default() })
     }
 
@@ -119,6 +128,28 @@ impl Images {
         lock(&file, id)?;
         self.pool.unlink(name)?;
         Ok(true)
+    }
+
+    /// The device that is bound to a volume's image, whatever became of that.
+    fn bound(&self, record: &Record) -> Result<Option<LoopDevice>> {
+        let damage = match self.verified(record) {
+            Ok(file) => return find(&file),
+            Err(damage @ Error::Damaged { .. }) => damage,
+            Err(error) => return Err(error),
+        };
+        // No other file gets the number of one that a device is bound to; but one that was removed may have lost it before.
+        let pool = rustix::fs::fstat(self.pool.directory()).context(|| "stat the pool")?;
+        match LoopDevice::find(pool.st_dev, record.inode)? {
+            Some(device) if device.file_name() == Some(name(&record.id)) => Ok(Some(device)),
+            // The image under another name, or another file.
+            Some(_) => Err(damage),
+            None => Ok(None),
+        }
+    }
+
+    fn attachment(record: &Record, device: LoopDevice) -> Box<dyn Attached> {
+        let btrfs = record.content == Content::Filesystem(FsType::Btrfs);
+        Box::new(AttachedImage { device, btrfs })
     }
 
     fn shared(&self, file: &File, name: &str) -> Result<u64> {
@@ -234,28 +265,31 @@ impl Backend for Images {
     }
 
     fn attached(&self, record: &Record) -> Result<Option<Box<dyn Attached>>> {
-        let device = find(&self.verified(record)?)?;
-        let btrfs = record.content == Content::Filesystem(FsType::Btrfs);
-        Ok(device.map(|device| Box::new(AttachedImage { device, btrfs }) as Box<dyn Attached>))
+        Ok(find(&self.verified(record)?)?.map(|device| Self::attachment(record, device)))
+    }
+
+    fn remains(&self, record: &Record, _: Option<Error>) -> Result<Option<Box<dyn Attached>>> {
+        Ok(self.bound(record)?.map(|device| Self::attachment(record, device)))
     }
 
     fn detach(&self, record: &Record) -> Result<()> {
-        let file = self.verified(record)?;
         let in_use = |device: &LoopDevice| Error::InUse {
             id: record.id.clone(),
             by: format!("{} is still open or mounted, perhaps in another mount namespace", device.path().display()),
         };
         // A filesystem's device goes by itself; a block volume's is told to.
-        let meta = file.metadata().context(|| format!("stat the image of {}", record.id))?;
         if record.content == Content::Raw
-            && let Some(device) = find(&file)?
+            && let Some(device) = self.bound(record)?
         {
             device.unbind(SETTLE)?;
         }
-        if !wait_gone(meta.dev(), meta.ino(), SETTLE)?
-            && let Some(device) = find(&file)?
-        {
-            return Err(in_use(&device));
+        let start = Instant::now();
+        while let Some(device) = self.bound(record)? {
+            if start.elapsed() > SETTLE {
+                return Err(in_use(&device));
+            }
+            drop(device);
+            std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
     }

@@ -273,6 +273,14 @@ pub trait Backend: Send + Sync {
     /// [`Error::Damaged`], [`Error::InUse`], [`Error::Io`].
     fn erase(&self, id: &VolumeId, nonce: &Nonce) -> Result<bool>;
 
+    /// Removes a volume's storage, with what callers have written to it.
+    ///
+    /// # Errors
+    /// As [`Backend::erase`].
+    fn discard(&self, record: &Record) -> Result<()> {
+        self.erase(&record.id, &record.nonce).map(drop)
+    }
+
     /// Checks that the storage is the one in the record.
     ///
     /// # Errors
@@ -290,6 +298,15 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// [`Error::Damaged`], [`Error::Io`].
     fn attached(&self, record: &Record) -> Result<Option<Box<dyn Attached>>>;
+
+    /// The volume as it is attached or mounted still, when its storage is not there or `damage` says that it is another: to
+    /// take it down, and for nothing else.
+    ///
+    /// # Errors
+    /// The damage, where that leaves nothing to know the volume by; [`Error::Io`].
+    fn remains(&self, _: &Record, damage: Option<Error>) -> Result<Option<Box<dyn Attached>>> {
+        damage.map_or(Ok(None), Err)
+    }
 
     /// Detaches the volume, where it is attached, and waits for it up to [`SETTLE`].
     ///

@@ -1,8 +1,8 @@
 //! Volumes as whole devices that the driver was given.
 //!
 //! A device is taken by a *claim*, a file in the pool that names it, its identity and its size; it is made whole before
-//! it has a name, as an image is. A device counts as free only while nothing claims it and its first MiB is zeros: what
-//! may hold somebody's data is never handed out. A volume that goes is zeroed before its claim does.
+//! it has a name, as an image is. A device counts as free only while nothing claims it and its first and its last MiB are
+//! zeros: what may hold somebody's data is never handed out, and that is looked at again before it is written to at first. A volume that goes is zeroed before its claim does.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -17,7 +17,7 @@ use super::device::{Device, DeviceVolume, HEAD, is_taken, release};
 use super::pool::{Pool, nonce_of, set_nonce};
 use super::{Attached, Backend, Features, GoOn, Locked, Made, New, Origin, damaged, inode_of};
 use crate::error::{Context, Error, Result};
-use crate::model::{BackendKind, Nonce, Record, VolumeId};
+use crate::model::{BackendKind, Nonce, Record, State, VolumeId};
 use crate::state::Store;
 use crate::sys::block;
 
@@ -60,9 +60,14 @@ fn open(path: &Path, exclusive: bool) -> Result<(Device, Claim)> {
 }
 
 fn is_blank(device: &Device) -> Result<bool> {
-    let mut head = vec![0; HEAD.min(device.size) as usize];
-    device.file.read_exact_at(&mut head, 0).context(|| format!("read {}", device.node.display()))?;
-    Ok(head.iter().all(|&byte| byte == 0))
+    let mut part = vec![0; HEAD.min(device.size) as usize];
+    for at in [0, device.size.saturating_sub(HEAD)] {
+        device.file.read_exact_at(&mut part, at).context(|| format!("read {}", device.node.display()))?;
+        if part.iter().any(|&byte| byte != 0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// What a claim on a device would say, and whether it is blank.
@@ -136,6 +141,25 @@ impl Devices {
         self.claimed_device(id, &record.nonce, false)
     }
 
+    /// Whether a device that was claimed blank is so still: days may have gone by, in which somebody else took it.
+    fn still_blank(&self, record: &Record) -> Result<()> {
+        let device = match self.claimed_device(&record.id, &record.nonce, true) {
+            Err(error) if is_taken(&error) => {
+                let by = "somebody mounted its device, or took it, before it was ever used".into();
+                return Err(Error::InUse { id: record.id.clone(), by });
+            }
+            other => other?,
+        };
+        if is_blank(&device)? {
+            return Ok(());
+        }
+        Err(Error::State {
+            what: format!("{}, the device of volume {}", device.node.display(), record.id),
+            expected: "blank, as it was when it was taken".into(),
+            found: "data of somebody else; wipe it, or delete the volume".into(),
+        })
+    }
+
     fn claimed_device(&self, id: &VolumeId, nonce: &Nonce, exclusive: bool) -> Result<Device> {
         let name = name(id);
         let file = self.pool.open_file(&name)?;
@@ -202,25 +226,35 @@ impl Backend for Devices {
         Ok(Made { inode, size: claim.size })
     }
 
+    /// Of a device that was never handed out only the claim goes: what is on it since is somebody else's.
     fn erase(&self, id: &VolumeId, nonce: &Nonce) -> Result<bool> {
         let name = name(id);
-        if self.pool.open_file(&name)?.is_none() {
-            return Ok(false);
+        let Some(file) = self.pool.open_file(&name)? else { return Ok(false) };
+        if nonce_of(&file, &name)?.as_ref() != Some(nonce) {
+            return Err(damaged(id, "nonce", "the record's", "another one, or none"));
         }
-        let device = match self.claimed_device(id, nonce, true) {
-            Err(error) if is_taken(&error) => {
-                return Err(Error::InUse { id: id.clone(), by: "its device is mounted or taken by somebody".into() });
-            }
-            other => other?,
-        };
-        device.lock(id)?;
-        // A device that stayed read-only would be so for the next volume.
-        if block::read_only(&device.file)? {
-            block::set_read_only(&device.file, false)?;
-        }
-        device.zero(device.size)?;
         self.pool.unlink(&name)?;
         Ok(true)
+    }
+
+    fn discard(&self, record: &Record) -> Result<()> {
+        let (id, nonce) = (&record.id, &record.nonce);
+        if record.state() != State::Blank && self.pool.open_file(&name(id))?.is_some() {
+            let device = match self.claimed_device(id, nonce, true) {
+                Err(error) if is_taken(&error) => {
+                    let by = "its device is mounted or taken by somebody".into();
+                    return Err(Error::InUse { id: id.clone(), by });
+                }
+                other => other?,
+            };
+            device.lock(id)?;
+            // A device that stayed read-only would be so for the next volume.
+            if block::read_only(&device.file)? {
+                block::set_read_only(&device.file, false)?;
+            }
+            device.zero(device.size)?;
+        }
+        self.erase(id, nonce).map(drop)
     }
 
     fn check(&self, record: &Record) -> Result<()> {
@@ -230,6 +264,9 @@ impl Backend for Devices {
     fn lock(&self, record: &Record) -> Result<Box<dyn Locked>> {
         let device = self.verified(record)?;
         device.lock(&record.id)?;
+        if record.state() == State::Blank {
+            self.still_blank(record)?;
+        }
         Ok(Box::new(DeviceVolume { device, record: record.clone() }))
     }
 

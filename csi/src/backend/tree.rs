@@ -10,7 +10,7 @@ use super::{Attached, Locked, Usage};
 use crate::error::{Context, Error, Result};
 use crate::model::{MountOptions, Record, VolumeId};
 use crate::sys::mount::{self, Detached};
-use crate::sys::mountinfo::Mount;
+use crate::sys::mountinfo::{self, Mount};
 use crate::sys::target::Found;
 
 /// A new volume's root is as mkfs makes it.
@@ -40,6 +40,54 @@ pub fn lock(directory: &File, id: &VolumeId) -> Result<()> {
         Err(Errno::WOULDBLOCK) => Err(Error::Busy { what: format!("the directory of volume {id}") }),
         Err(error) => Err(Error::io(format!("lock the directory of {id}"), error)),
     }
+}
+
+/// What is left of a directory's volume when the directory is gone, or is another: its mounts.
+struct Remains {
+    name: String,
+}
+
+impl Remains {
+    fn is_root(&self, root: &std::path::Path) -> bool {
+        let root = root.to_string_lossy();
+        // As the kernel shows what was removed.
+        let root = root.strip_suffix("//deleted").unwrap_or(&root);
+        root.rsplit('/').next() == Some(&self.name)
+    }
+}
+
+/// The mounts of a volume whose directory of this name is gone, or is another. `None` when there are none.
+pub fn remains(name: String) -> Result<Option<Box<dyn Attached>>> {
+    let remains = Remains { name };
+    let mounted = mountinfo::read()?.iter().any(|mount| remains.shows(mount));
+    Ok(mounted.then(|| Box::new(remains) as Box<dyn Attached>))
+}
+
+impl Attached for Remains {
+    fn is(&self, found: &Found) -> bool {
+        let Found::Mounted { id, .. } = found else { return false };
+        mountinfo::read().is_ok_and(|all| all.iter().any(|mount| mount.id == *id && self.shows(mount)))
+    }
+
+    fn shows(&self, mount: &Mount) -> bool {
+        self.is_root(&mount.root)
+    }
+
+    fn node(&self) -> Result<Detached> {
+        Err(gone(&self.name))
+    }
+
+    fn set_read_only(&self, _: bool) -> Result<()> {
+        Err(gone(&self.name))
+    }
+
+    fn read_only(&self) -> Result<bool> {
+        Err(gone(&self.name))
+    }
+}
+
+fn gone(name: &str) -> Error {
+    Error::io(format!("use {name}"), Errno::NODEV)
 }
 
 impl Tree {
@@ -93,5 +141,24 @@ impl Attached for Tree {
 
     fn read_only(&self) -> Result<bool> {
         Ok(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_removed_directory_is_known_by_its_mounts() {
+        let remains = Remains { name: "kwl-1.dir".into() };
+        for (root, ours) in [
+            ("/pool/kwl-1.dir", true),
+            ("/pool/kwl-1.dir//deleted", true),
+            ("/kwl-1.dir", true),
+            ("/pool/kwl-1.dir/deep", false),
+            ("/pool/kwl-11.dir//deleted", false),
+        ] {
+            assert_eq!(remains.is_root(root.as_ref()), ours, "{root}");
+        }
     }
 }

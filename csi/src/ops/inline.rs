@@ -9,15 +9,16 @@ use crate::sys::target::Target;
 
 impl Volumes {
     /// Makes the volume, or finds it, and says how it is to be staged: at the pod's own target. The caller has the
-    /// name's guard; the volume's is returned.
+    /// name's guard; the volume's is returned, and whether it was made.
     ///
     /// # Errors
     /// As [`Volumes::create`].
-    pub fn inline(&self, request: Inline) -> Result<(Stage, Guard)> {
+    pub fn inline(&self, request: Inline) -> Result<(Stage, Guard, bool)> {
+        let made = self.records.named(&request.create.name).is_none();
         let record = self.create(request.create)?;
         let guard = self.enter(&record.id)?;
         let Inline { target, usage, read_only, .. } = request;
-        Ok((Stage { id: record.id, staging: target, usage, read_only }, guard))
+        Ok((Stage { id: record.id, staging: target, usage, read_only }, guard, made))
     }
 
     /// The inline volume of this name.

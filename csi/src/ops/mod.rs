@@ -246,8 +246,28 @@ impl Volumes {
         Ok(seen)
     }
 
+    /// Where the volume is staged but for this path: mounted below the kubelet's directory, and at no pod's target.
+    fn staged_elsewhere(&self, device: &dyn Attached, staging: &TargetPath) -> Result<Option<PathBuf>> {
+        let (root, pods) = (self.root()?, self.root()?.join("pods"));
+        let mut others = self.targets(device, staging)?.into_iter();
+        Ok(others.find(|target| target.starts_with(&root) && !target.starts_with(&pods)))
+    }
+
     fn device(&self, record: &Record) -> Result<Option<Box<dyn Attached>>> {
         self.backend_of(record)?.attached(record)
+    }
+
+    /// As [`Volumes::device`], to take the volume down: that must go also when its storage is damaged or gone.
+    fn remains(&self, record: &Record) -> Result<Option<Box<dyn Attached>>> {
+        let backend = self.backend_of(record)?;
+        match backend.attached(record) {
+            Ok(None) => backend.remains(record, None),
+            Err(damage @ Error::Damaged { .. }) => {
+                tracing::warn!(%damage, "taken down all the same");
+                backend.remains(record, Some(damage))
+            }
+            attached => attached,
+        }
     }
 }
 

@@ -171,7 +171,7 @@ impl Volumes {
             return Err(Error::InUse { id: id.clone(), by });
         }
         let _intent = self.journal.begin(Intent::Delete { id: id.clone() })?;
-        backend.erase(id, &record.nonce)?;
+        backend.discard(&record)?;
         self.records.remove(id)?;
         self.uses.forget(id);
         Ok(())
@@ -262,6 +262,10 @@ fn fits(request: &Create, backend: &dyn Backend, kind: BackendKind, content: Con
 /// Whether the volume of that name is the one that is asked for.
 fn same(record: &Record, request: &Create) -> Result<()> {
     let exists = |has: String, asked: String| Err(Error::Exists { name: record.name.clone(), has, asked });
+    if record.ephemeral != request.ephemeral {
+        let kind = |inline| if inline { "an inline volume" } else { "a claim's volume" }.to_owned();
+        return exists(kind(record.ephemeral), kind(request.ephemeral));
+    }
     if record.content != request.content {
         return exists(record.content.to_string(), request.content.to_string());
     }

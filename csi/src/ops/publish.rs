@@ -156,7 +156,7 @@ impl Volumes {
             self.uses.remove(&record.id, &path);
             return Ok(());
         };
-        let device = self.device(record)?;
+        let device = self.remains(record)?;
         let ours = |found: &Found| device.as_deref().is_some_and(|device| device.is(found));
         if let found @ Found::Mounted { .. } = target.unmount(ours)? {
             return Err(target.unexpected("a mount of this volume, or none", &found));

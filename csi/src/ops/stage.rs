@@ -41,7 +41,8 @@ impl Volumes {
     ///
     /// # Errors
     /// [`Error::NoSuchVolume`], [`Error::Invalid`] for a mount option, [`Error::State`] for another kind of volume and when
-    /// something else is mounted at the path, [`Error::UsedOtherwise`], [`Error::Busy`] while an earlier mkfs runs, [`Error::Damaged`], [`Error::Io`].
+    /// something else is mounted at the path, [`Error::UsedOtherwise`], [`Error::InUse`] when it is staged elsewhere,
+    /// [`Error::Busy`] while an earlier mkfs runs, [`Error::Damaged`], [`Error::Io`].
     pub fn stage(&self, request: Stage) -> Result<Option<Staging>> {
         let record = self.records.get(&request.id)?;
         request.usage.fits_node(record.content, &record.id)?;
@@ -60,6 +61,13 @@ impl Volumes {
                     return agree("staging_target_path", &asked, has.as_ref().unwrap_or(&asked)).map(|()| None);
                 }
                 (found @ Found::Mounted { .. }, _) => return Err(target.unexpected("nothing mounted yet", &found)),
+                (_, Some(device)) => {
+                    // Either would be in the other's way when it is to be unstaged.
+                    if let Some(other) = self.staged_elsewhere(device.as_ref(), &request.staging)? {
+                        let by = format!("it is staged at {}", other.display());
+                        return Err(Error::InUse { id: record.id, by });
+                    }
+                }
                 _ => {}
             }
         }
@@ -162,10 +170,16 @@ impl Volumes {
 
     pub(super) fn take_down(&self, record: &Record, staging: &TargetPath) -> Result<()> {
         let path = staging.absolute();
-        let Some(device) = self.device(record)? else {
+        let Some(device) = self.remains(record)? else {
             self.uses.forget(&record.id);
             return Ok(());
         };
+        let target = Target::open(staging)?;
+        let here = target.as_ref().map_or(Ok(false), |target| target.look().map(|found| device.is(&found)))?;
+        if !here && record.content != Content::Raw && self.staged_elsewhere(device.as_ref(), staging)?.is_some() {
+            self.uses.remove(&record.id, &path);
+            return Ok(());
+        }
         // A block volume may be staged at several paths: the kubelet makes one for each PersistentVolume of it.
         let uses = self.uses.of(&record.id);
         let elsewhere: Vec<_> = uses.iter().filter(|used| used.stop == Stop::Staged && used.path != path).collect();
@@ -178,7 +192,7 @@ impl Volumes {
         if let Some(target) = others.iter().find(from_here) {
             return Err(Error::InUse { id: record.id.clone(), by: format!("it is mounted at {}", target.display()) });
         }
-        if let Some(target) = Target::open(staging)? {
+        if let Some(target) = target {
             target.unmount(|found| device.is(found))?;
         }
         // It is held open by us until here.

@@ -6,13 +6,16 @@ use std::path::Path;
 use super::{TargetPath, Usage, required, string};
 use crate::csi;
 use crate::error::{Error, Result};
-use crate::model::{Content, GRAIN, Mutable, Parameters};
+use crate::model::{BackendKind, Content, GRAIN, Mutable, Parameters};
 use crate::request::Create;
 
 /// The key by which the kubelet says that a volume is one.
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
 /// The size, a quantity, as in `64Mi`.
 const SIZE: &str = "size";
+
+/// The backends whose volumes cannot take more than their size.
+const HOLDING: [BackendKind; 3] = [BackendKind::Image, BackendKind::Lvm, BackendKind::LvmThin];
 
 /// A volume to make and to bring to a pod.
 #[derive(Clone, Debug)]
@@ -60,6 +63,11 @@ impl Inline {
         usage.options(content)?;
         if content == Content::Raw {
             return Err(invalid("volume_capability", "block", "a mount; inline volumes are no block devices".into()));
+        }
+        // It is a pod's author who says so, and no administrator: nothing that a pod can grow beyond, and no whole device.
+        if !HOLDING.contains(&parameters.backend) {
+            let expected = format!("one of {} for inline volumes", HOLDING.map(BackendKind::as_str).join(", "));
+            return Err(invalid("volumeAttributes.backend", parameters.backend.as_str(), expected));
         }
         let mutable = Mutable::default();
         let create = Create {

@@ -184,13 +184,23 @@ impl Node for NodeService {
 impl Shared {
     /// Makes an inline volume and brings it to its pod, to the end even when the caller goes away.
     async fn publish_inline(&self, inline: request::Inline) -> Result<(), Status> {
-        let name = self.volumes.enter_name("volume", &inline.create.name).map_err(refuse)?;
+        let guard = self.volumes.enter_name("volume", &inline.create.name).map_err(refuse)?;
         let shared = self.clone();
         let task = tokio::spawn(async move {
-            let _name = name;
+            let _name = guard;
+            let (name, target) = (inline.create.name.clone(), inline.target.clone());
             let volumes = shared.volumes.clone();
-            let (stage, _guard) = blocking(move || volumes.inline(inline)).await?;
-            steps(&shared, stage).await
+            let (stage, guard, made) = blocking(move || volumes.inline(inline)).await?;
+            let outcome = steps(&shared, stage).await;
+            drop(guard);
+            if outcome.is_err() && made {
+                // Of a volume that its pod never had, nobody would ask to be rid.
+                let volumes = shared.volumes.clone();
+                if let Err(error) = blocking(move || volumes.end_inline(&name, &target)).await {
+                    tracing::error!(%error, "an inline volume that could not be mounted could not be removed");
+                }
+            }
+            outcome
         });
         finished(task.await)
     }

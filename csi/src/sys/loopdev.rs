@@ -170,6 +170,14 @@ impl LoopDevice {
         path(self.number)
     }
 
+    /// The name of the file that it is bound to, without its directory, also when that was removed.
+    pub fn file_name(&self) -> Option<String> {
+        // The path itself is of another mount namespace as often as not; the name is the same in all.
+        let path = std::fs::read_to_string(sysfs(self.number).join("backing_file")).ok()?;
+        let path = path.trim_end_matches('\n');
+        path.strip_suffix(" (deleted)").unwrap_or(path).rsplit('/').next().map(str::to_owned)
+    }
+
     /// Its node's name below /dev, with a slash: what mount tables show as the root of a bind mount of it.
     pub fn root(&self) -> String {
         format!("/loop{}", self.number)
@@ -253,7 +261,7 @@ impl LoopDevice {
 ///
 /// # Errors
 /// [`Error::Io`].
-pub fn wait_gone(device: u64, inode: u64, wait: Duration) -> Result<bool> {
+fn wait_gone(device: u64, inode: u64, wait: Duration) -> Result<bool> {
     let start = Instant::now();
     loop {
         if LoopDevice::find(device, inode)?.is_none() {
