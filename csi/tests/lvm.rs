@@ -9,6 +9,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 
 use common::{Calls, Driver, MIB, block, create, lvm, mount, no_device_mapper};
+use keelway_csi::csi::volume_capability::access_mode::Mode;
 use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
 use keelway_csi::csi::{self, VolumeCapability};
 use tonic::{Code, Status};
@@ -169,6 +170,38 @@ async fn a_block_volume_holds_nothing_of_others() {
         withdraw(&driver, &second).await;
         delete(&driver, &second).await;
     }
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and device-mapper"]
+async fn a_block_volume_is_staged_before_it_is_published() {
+    if no_device_mapper() {
+        return;
+    }
+    let mut driver = Driver::new().lvm(512, BOTH);
+    driver.start();
+    let publish = async |driver: &Driver, calls: &Calls| driver.node().await.node_publish_volume(calls.publish()).await;
+    for class in [THICK, THIN] {
+        let calls = made(&driver, "pvc-1", 16, &block(), class).await;
+        // Its device is there all the time.
+        assert_eq!(publish(&driver, &calls).await.unwrap_err().code(), Code::FailedPrecondition);
+        driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
+        let refused = driver.controller().await.delete_volume(calls.delete()).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        bring(&driver, &calls).await;
+        withdraw(&driver, &calls).await;
+        assert_eq!(publish(&driver, &calls).await.unwrap_err().code(), Code::FailedPrecondition);
+        driver.node().await.node_unpublish_volume(calls.unpublish()).await.unwrap();
+        delete(&driver, &calls).await;
+    }
+    // Staged read-only it is well.
+    let kind = mount("ext4");
+    let reader = made(&driver, "pvc-2", 64, &common::as_mode(Mode::SingleNodeReaderOnly, &kind), THICK).await;
+    bring(&driver, &reader).await;
+    assert_eq!(driver.health(&reader.id).await, []);
+    withdraw(&driver, &reader).await;
+    delete(&driver, &reader).await;
     driver.assert_clean();
 }
 

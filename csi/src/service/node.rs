@@ -19,6 +19,7 @@ use crate::csi::{
 };
 use crate::error::Error;
 use crate::request;
+use crate::state::Store;
 
 /// The node service.
 #[derive(Clone)]
@@ -211,6 +212,8 @@ async fn steps(shared: &Shared, stage: request::Stage) -> crate::error::Result<(
     let Some(mut staging) = blocking(move || volumes.stage(stage)).await? else { return Ok(()) };
     if staging.needs_format() {
         let (volumes, store) = (shared.volumes.clone(), shared.volumes.store_of(staging.id()));
+        // Of a file nobody sees how far its mkfs is.
+        let _noted = (store != Store::Pool).then(|| shared.volumes.probes.note(staging.id().as_str()));
         staging = shared.long_slots.run(store, move || volumes.format(staging)).await?;
     }
     let (volumes, _noted) = (shared.volumes.clone(), shared.volumes.probes.note(staging.id().as_str()));

@@ -48,10 +48,12 @@ impl Uses {
         let mut all = BTreeMap::new();
         for entry in std::fs::read_dir(&directory).context(what)? {
             let path = entry.context(what)?.path();
-            let id = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<VolumeId>().ok());
+            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
+            let id = name.and_then(|name| name.parse::<VolumeId>().ok());
             let found = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice::<OfBoot>(&text).ok());
             match (id, found) {
                 (Some(id), Some(of)) if of.boot == boot => drop(all.insert(id, of.uses)),
+                // Also what was written beside its name and never renamed.
                 _ => std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?,
             }
         }
@@ -157,6 +159,8 @@ mod tests {
         uses.put(&id, used("/a")).unwrap();
         uses.remove(&id, Path::new("/a"));
         std::fs::write(dir.path().join(DIRECTORY).join(file_name(&id)), "{\"boot\":\"on").unwrap();
+        let whole = serde_json::to_vec(&OfBoot { boot: "one".into(), uses: vec![used("/a")] }).unwrap();
+        std::fs::write(dir.path().join(DIRECTORY).join(format!("{id}.tmp")), whole).unwrap();
         assert!(Uses::of_boot(dir.path(), "one").unwrap().of(&id).is_empty());
         assert_eq!(std::fs::read_dir(dir.path().join(DIRECTORY)).unwrap().count(), 0);
     }

@@ -117,7 +117,7 @@ const SUITES: &[Suite] = &[
         // The driver on real loop devices, and killed at every system call that changes something.
         name: "volumes",
         command: &[
-            "cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-csi", "--test=volumes", "--test=crash",
+            "cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-csi", "--test=volumes", "--test=codes", "--test=hangs", "--test=crash",
             "--", "--ignored", "--show-output",
         ],
         judge: Judge::Libtest,

@@ -1,0 +1,234 @@
+//! Disks and paths that do not answer: whoever has nothing to do with them is answered, and nothing piles up.
+//!
+//! `cargo test -p keelway-csi --test hangs -- --ignored`, as root.
+
+mod common;
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use common::{Calls, Driver, MIB, as_mode, create, mount, run};
+use keelway_csi::csi::volume_capability::AccessType;
+use keelway_csi::csi::volume_capability::access_mode::Mode;
+use keelway_csi::csi::{self, VolumeCapability};
+
+const RAW: &[(&str, &str)] = &[("backend", "raw")];
+
+async fn made(driver: &Driver, name: &str, mebibytes: i64, kind: &VolumeCapability, class: &[(&str, &str)]) -> Calls {
+    let made = driver.controller().await.create_volume(create(name, mebibytes * MIB, kind, class)).await.unwrap();
+    let id = made.into_inner().volume.unwrap().volume_id;
+    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
+    Calls { staging, target, ..Calls::new(driver, &id, kind.clone()) }
+}
+
+async fn capacity(driver: &Driver) -> i64 {
+    let request = csi::GetCapacityRequest::default();
+    driver.controller().await.get_capacity(request).await.unwrap().into_inner().available_capacity
+}
+
+/// What is wrong with each volume that something is wrong with.
+async fn unhealthy(driver: &Driver) -> Vec<(String, i32)> {
+    let request = csi::ControllerListVolumeHealthRequest::default();
+    let answer = driver.controller().await.controller_list_volume_health(request).await.unwrap().into_inner();
+    let found = answer.entries.into_iter().filter(|volume| !volume.health_statuses.is_empty());
+    found.map(|volume| (volume.volume_id, volume.health_statuses[0].status)).collect()
+}
+
+fn threads(driver: &Driver) -> usize {
+    common::list(format!("/proc/{}/task", driver.pid().unwrap()).as_ref()).len()
+}
+
+#[tokio::test]
+#[ignore = "needs root, loop devices and FUSE"]
+async fn a_device_that_cannot_even_be_opened_is_not_free() {
+    let mut driver = Driver::new().disks(1, 64);
+    // A FUSE that nobody serves: who goes there does not come back.
+    let nowhere = driver.path("nowhere");
+    fs::create_dir(&nowhere).unwrap();
+    let fuse = fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").unwrap();
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", fuse.as_raw_fd());
+    nix::mount::mount(Some("nobody"), &nowhere, Some("fuse"), nix::mount::MsFlags::empty(), Some(options.as_str()))
+        .unwrap();
+    let disk = driver.by_id(0).display().to_string();
+    driver.set("--raw-devices", &format!("{}/disk,{disk}", nowhere.display()));
+    driver.start();
+    let start = Instant::now();
+    assert_eq!(capacity(&driver).await, 64 * MIB);
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    // Only the first one waited.
+    let (start, before) = (Instant::now(), threads(&driver));
+    for _ in 0..50 {
+        assert_eq!(capacity(&driver).await, 64 * MIB);
+        let request = csi::NodeGetStorageHealthRequest::default();
+        driver.node().await.node_get_storage_health(request).await.unwrap();
+    }
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert!(threads(&driver) <= before + 4, "{} threads after {before}", threads(&driver));
+    let calls = made(&driver, "pvc-1", 64, &mount("ext4"), RAW).await;
+    driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
+    driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
+    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    // Whoever waited there is let go with its other end.
+    drop(fuse);
+    driver.kill();
+    run("umount", &["--lazy", nowhere.to_str().unwrap()]);
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root, loop devices and XFS"]
+async fn disks_that_hang_in_mkfs_keep_nobody_elses_slot() {
+    // Two disks are files of a filesystem that we can hold still: then writes to them do not come back.
+    let mut driver = Driver::new().with(&["--format-slots=2"]);
+    let (image, below) = (driver.path("below.disk"), driver.path("below"));
+    fs::create_dir(&below).unwrap();
+    fs::File::create(&image).unwrap().set_len(512 << 20).unwrap();
+    run("mkfs.xfs", &["-q", image.to_str().unwrap()]);
+    run("mount", &["-o", "loop", image.to_str().unwrap(), below.to_str().unwrap()]);
+    for n in 0..2 {
+        std::os::unix::fs::symlink(format!("below/disk{n}"), driver.path(&format!("disk{n}"))).unwrap();
+        fs::File::create(below.join(format!("disk{n}"))).unwrap();
+    }
+    driver = driver.with(&["--backends=image"]).disks(2, 64).disks(1, 128);
+    driver.start();
+    let mut all = Vec::new();
+    for (name, size) in [("one", 64), ("two", 64), ("works", 128)] {
+        all.push(made(&driver, name, size, &mount("ext4"), RAW).await);
+    }
+    let image = made(&driver, "image", 32, &mount("ext4"), &[]).await;
+    run("fsfreeze", &["--freeze", below.to_str().unwrap()]);
+    let mut hanging = Vec::new();
+    for calls in &all[..2] {
+        let (mut node, request) = (driver.node().await, calls.stage());
+        hanging.push(tokio::spawn(async move { node.node_stage_volume(request).await }));
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // Another store has slots of its own.
+    let start = Instant::now();
+    driver.node().await.node_stage_volume(image.stage()).await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    let start = Instant::now();
+    let stage = tokio::time::timeout(Duration::from_secs(60), async {
+        driver.node().await.node_stage_volume(all[2].stage()).await.unwrap();
+    });
+    stage.await.expect("all slots are taken by disks that hang");
+    assert!(hanging.iter().all(|stage| !stage.is_finished()), "they do not hang at all");
+    eprintln!("a slot was free after {:?}", start.elapsed());
+    // All volumes are looked at side by side, and those two are seen to hang.
+    let start = Instant::now();
+    let mut found = unhealthy(&driver).await;
+    assert!(start.elapsed() < Duration::from_secs(12), "{:?}", start.elapsed());
+    found.sort();
+    let inaccessible = csi::VolumeHealthErrorType::Inaccessible as i32;
+    let mut want: Vec<_> = all[..2].iter().map(|calls| (calls.id.clone(), inaccessible)).collect();
+    want.sort();
+    assert_eq!(found, want);
+    run("fsfreeze", &["--unfreeze", below.to_str().unwrap()]);
+    for stage in hanging {
+        stage.await.unwrap().unwrap();
+    }
+    assert_eq!(unhealthy(&driver).await, []);
+    all.push(image);
+    for calls in &all {
+        driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
+        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    }
+    driver.kill();
+    for n in 0..2 {
+        run("losetup", &["--detach", driver.disk(n)]);
+    }
+    run("umount", &[below.to_str().unwrap()]);
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn what_takes_long_at_one_target_holds_up_no_other() {
+    let mut driver = Driver::new();
+    driver.start();
+    let kind = as_mode(Mode::SingleNodeMultiWriter, &mount("ext4"));
+    let calls = made(&driver, "pvc-1", 64, &kind, &[]).await;
+    driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
+    driver.node().await.node_publish_volume(calls.publish()).await.unwrap();
+    fs::write(format!("{}/data", calls.target), "x").unwrap();
+    // A second pod, to whose group all is given first; meanwhile the filesystem is held still, so that nothing goes on.
+    let mut capability = kind.clone();
+    let Some(AccessType::Mount(options)) = &mut capability.access_type else { unreachable!() };
+    options.volume_mount_group = "4242".into();
+    let second = Calls { capability, target: driver.kubelet("pods/second"), ..calls.clone() };
+    run("fsfreeze", &["--freeze", &calls.target]);
+    let (mut node, request) = (driver.node().await, second.publish());
+    let waiting = tokio::spawn(async move { node.node_publish_volume(request).await });
+    let start = Instant::now();
+    let mut said = Vec::new();
+    while said.is_empty() && start.elapsed() < Duration::from_secs(20) {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        said = unhealthy(&driver).await;
+    }
+    assert!(
+        !waiting.is_finished() && start.elapsed() >= Duration::from_secs(7),
+        "{said:?} after {:?}",
+        start.elapsed()
+    );
+    assert_eq!(said, [(calls.id.clone(), csi::VolumeHealthErrorType::Inaccessible as i32)]);
+    let stats = csi::NodeGetVolumeStatsRequest {
+        volume_id: calls.id.clone(),
+        volume_path: calls.target.clone(),
+        ..Default::default()
+    };
+    let answer = driver.node().await.node_get_volume_stats(stats).await.unwrap().into_inner();
+    assert_eq!(answer.usage.len(), 2);
+    run("fsfreeze", &["--unfreeze", &calls.target]);
+    waiting.await.unwrap().unwrap();
+    assert_eq!(unhealthy(&driver).await, []);
+    for calls in [&calls, &second] {
+        driver.node().await.node_unpublish_volume(calls.unpublish()).await.unwrap();
+    }
+    driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
+    let _ = fs::remove_dir(&calls.staging);
+    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    driver.assert_clean();
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn volumes_that_come_and_go_do_not_spoil_the_list() {
+    let mut driver = Driver::new().with(&["--backends=directory"]);
+    driver.start();
+    let class = &[("backend", "directory"), ("capacity", "unenforced")];
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let mut lives = tokio::task::JoinSet::new();
+    for n in 0..4 {
+        let (mut controller, stop) = (driver.controller().await, stop.clone());
+        let request = create(&format!("v{n}"), MIB, &mount(""), class);
+        lives.spawn(async move {
+            let mut lived = 0;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let made = controller.create_volume(request.clone()).await.unwrap().into_inner();
+                let volume_id = made.volume.unwrap().volume_id;
+                controller.delete_volume(csi::DeleteVolumeRequest { volume_id, ..Default::default() }).await.unwrap();
+                lived += 1;
+            }
+            lived
+        });
+    }
+    // Also more lists at once than looks at one volume.
+    let mut lists = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let mut controller = driver.controller().await;
+        lists.spawn(async move {
+            for _ in 0..40 {
+                let request = csi::ControllerListVolumeHealthRequest::default();
+                controller.controller_list_volume_health(request).await.unwrap();
+            }
+        });
+    }
+    while let Some(done) = lists.join_next().await {
+        done.unwrap();
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let lived: usize = lives.join_all().await.into_iter().sum();
+    assert!(lived > 8, "{lived}");
+    driver.assert_clean();
+}
