@@ -45,7 +45,7 @@ cluster-programs: setup-lab setup-cluster build ## build etcd, Kubernetes, conta
 demo-cluster: cluster-programs ## the same on a real Kubernetes
 	@$(LAB) demo-cluster
 
-conformance-network: setup-lab setup-cluster build ## upstream's [sig-network] conformance specs on a real Kubernetes
+conformance-network: setup-lab setup-cluster build ## upstream's [sig-network] specs on a real Kubernetes: [Conformance], Services, DNS, proxy
 	@$(LAB) cluster build --suite
 	@hack/conformance-network
 

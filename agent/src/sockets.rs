@@ -26,34 +26,23 @@ const LOOKS: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(5), Du
 /// How long a connected datagram socket may still hear from a backend that left.
 pub const LINGER: Duration = Duration::from_millis(500);
 
-/// What happened to a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
-    /// It takes nothing new.
-    Gone(Gone),
-    /// One that went within [`LINGER`] takes new ones again, as this protocol's number has it.
-    Back(SocketAddr, u8),
-}
-
-/// A backend that takes nothing new.
+/// A backend that a Service does without from now on, or that is gone from all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Gone {
     /// Where it was.
     pub backend: SocketAddr,
     /// IANA protocol number.
     pub proto: u8,
-    /// It still ends what it has: datagrams are to go elsewhere, connections stay.
-    pub draining: bool,
 }
 
 /// Ends such sockets until the agent ends.
-pub async fn run(mut news: mpsc::UnboundedReceiver<News>, tables: SocketTables) {
+pub async fn run(mut gone: mpsc::UnboundedReceiver<Gone>, tables: SocketTables) {
     let tables = std::sync::Arc::new(tables);
     let (mut batch, mut leaving) = (Vec::new(), BTreeMap::new());
     loop {
         let due = leaving.values().min().copied();
         tokio::select! {
-            count = news.recv_many(&mut batch, 4096) => {
+            count = gone.recv_many(&mut batch, 4096) => {
                 if count == 0 {
                     return;
                 }
@@ -74,16 +63,15 @@ pub async fn run(mut news: mpsc::UnboundedReceiver<News>, tables: SocketTables) 
 
 /// Notes the datagram backends that are leaving, and when their sockets end; the other ones that are gone.
 fn sort(
-    news: impl Iterator<Item = News>,
+    gone: impl Iterator<Item = Gone>,
     leaving: &mut BTreeMap<SocketAddr, Instant>,
     due: Instant,
 ) -> BTreeSet<SocketAddr> {
     let mut connections = BTreeSet::new();
-    for one in news {
-        match one {
-            News::Gone(gone) if gone.proto == UDP => _ = leaving.entry(gone.backend).or_insert(due),
-            News::Gone(gone) if gone.proto == TCP && !gone.draining => _ = connections.insert(gone.backend),
-            News::Back(backend, UDP) => _ = leaving.remove(&backend),
+    for one in gone {
+        match one.proto {
+            UDP => _ = leaving.entry(one.backend).or_insert(due),
+            TCP => _ = connections.insert(one.backend),
             _ => {}
         }
     }
@@ -111,7 +99,10 @@ async fn end(proto: u8, backends: BTreeSet<SocketAddr>, tables: &std::sync::Arc<
     let done = tokio::task::spawn_blocking(move || {
         for found in sockets::connected_to(proto, &backends)? {
             // Whoever dialled the backend itself is not ours to judge.
-            if tables.was_given(found.cookie, found.peer, proto).unwrap_or(false) && sockets::destroy(&found)? {
+            let Ok(Some(dialled)) = tables.dialled(found.cookie, found.peer, proto) else { continue };
+            // Another Service may have lost it, or it came back in time.
+            let is_served = proto == UDP && tables.serves(dialled, found.peer, proto).unwrap_or(true);
+            if !is_served && sockets::destroy(&found)? {
                 tracing::info!(backend = %found.peer, proto, "ended a socket of this host: its Service's backend is gone");
             }
         }
@@ -127,17 +118,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_comes_back_in_time_loses_no_socket() {
+    fn a_backend_that_leaves_twice_gets_no_more_time() {
         let at = |last: u8| SocketAddr::from(([10, 244, 0, last], 53));
-        let gone = |last, proto, draining| News::Gone(Gone { backend: at(last), proto, draining });
+        let gone = |last, proto| Gone { backend: at(last), proto };
         let (mut leaving, now) = (BTreeMap::new(), Instant::now());
-        let news =
-            [gone(1, UDP, true), gone(2, UDP, false), gone(3, TCP, false), gone(4, TCP, true), gone(5, UDP, true)];
-        assert_eq!(sort(news.into_iter(), &mut leaving, now), BTreeSet::from([at(3)]));
-        // Two that were leaving: one is back, the other goes altogether and gets no more time for it.
-        let news = [News::Back(at(1), UDP), gone(5, UDP, false), News::Back(at(2), TCP)];
+        assert_eq!(sort([gone(1, UDP), gone(3, TCP)].into_iter(), &mut leaving, now), BTreeSet::from([at(3)]));
         let later = now + Duration::from_secs(1);
-        assert!(sort(news.into_iter(), &mut leaving, later).is_empty());
-        assert_eq!(leaving, BTreeMap::from([(at(2), now), (at(5), now)]));
+        assert!(sort([gone(1, UDP), gone(2, UDP)].into_iter(), &mut leaving, later).is_empty());
+        assert_eq!(leaving, BTreeMap::from([(at(1), now), (at(2), later)]));
     }
 }

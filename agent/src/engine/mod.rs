@@ -36,7 +36,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::events::Complaint;
 use crate::http::{Health, Metrics};
-use crate::sockets::News;
+use crate::sockets::Gone;
 use crate::source::{Event, Kind, Node, Object, Status};
 use crate::sweep::Flows;
 
@@ -244,7 +244,7 @@ pub struct Wiring {
     /// Receives what is wrong with Services.
     pub complaints: watch::Sender<BTreeSet<Complaint>>,
     /// Receives the backends that take nothing new, or again.
-    pub backends: mpsc::UnboundedSender<News>,
+    pub backends: mpsc::UnboundedSender<Gone>,
     /// For `/healthz`.
     pub health: Health,
     /// For `/metrics`.

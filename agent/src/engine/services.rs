@@ -2,19 +2,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use keelway_layout::maps;
 use keelway_maps::TableError;
 use keelway_proxy as proxy;
 use keelway_proxy::TableFull;
-use keelway_proxy::model::{EndpointSlice, ObjectName};
+use keelway_proxy::model::{EndpointSlice, ObjectName, Protocol};
 
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::EngineError;
 use crate::events::{Complaint, Note};
-use crate::sockets::{Gone, LINGER, News};
+use crate::sockets::Gone;
 
 /// Services that do not fit are named up to this number.
 const PROBLEMS: usize = 8;
@@ -95,18 +95,16 @@ pub struct Services {
     triggered: Vec<Triggered>,
     /// Changes of before are nobody's delay.
     started: SystemTime,
-    /// Receives the backends that take nothing new, or again.
-    news: UnboundedSender<News>,
-    /// Backends that went a moment ago, with their protocol, and when.
-    left: BTreeMap<(SocketAddr, u8), Instant>,
+    /// Receives the backends that leave.
+    gone: UnboundedSender<Gone>,
 }
 
 /// When an endpoint changed, and of which family it is where it has any address.
 pub type Triggered = (SystemTime, Option<bool>);
 
 impl Services {
-    /// Of the node with this name; nothing is known of it yet. `news` is of backends that get no new connections.
-    pub fn new(node_name: &str, news: UnboundedSender<News>) -> Self {
+    /// Of the node with this name; nothing is known of it yet. `gone` receives the backends that leave.
+    pub fn new(node_name: &str, gone: UnboundedSender<Gone>) -> Self {
         let node = proxy::NodeInfo { name: node_name.into(), ..proxy::NodeInfo::default() };
         Self {
             model: proxy::Model::new(node.clone()),
@@ -115,8 +113,7 @@ impl Services {
             left_out: BTreeMap::new(),
             triggered: Vec::new(),
             started: SystemTime::now(),
-            news,
-            left: BTreeMap::new(),
+            gone,
         }
     }
 
@@ -237,41 +234,13 @@ impl Services {
     }
 
     fn execute(&mut self, tables: &mut impl ServiceTables, ops: &[proxy::Op]) -> Result<(), TableError> {
-        let news = self.news(tables, ops)?;
+        let gone = leaving(tables, ops)?;
         tables.write_all(ops)?;
-        for one in news {
+        for one in gone {
             // Nobody receives when the agent is stopping.
-            let _ = self.news.send(one);
+            let _ = self.gone.send(one);
         }
         Ok(())
-    }
-
-    /// The backends that `ops` will take out of every slot, and those of late that they put back.
-    fn news(&mut self, tables: &impl ServiceTables, ops: &[proxy::Op]) -> Result<Vec<News>, TableError> {
-        use proxy::Op;
-        let place = |backend: &proxy::Backend| (SocketAddr::new(backend.addr, backend.port), backend.proto);
-        let now = Instant::now();
-        self.left.retain(|_, since| now.duration_since(*since) < LINGER * 2);
-        let mut news = Vec::new();
-        for op in ops {
-            let (backend, draining) = match op {
-                Op::PutBackend { backend, draining: true, .. } => (Some(*backend), true),
-                Op::DeleteBackend { id } => (tables.backend(*id)?, false),
-                Op::PutBackend { backend, .. } if !self.left.is_empty() => {
-                    let (backend, proto) = place(backend);
-                    if self.left.remove(&(backend, proto)).is_some() {
-                        news.push(News::Back(backend, proto));
-                    }
-                    continue;
-                }
-                _ => continue,
-            };
-            if let Some((backend, proto)) = backend.as_ref().map(place) {
-                self.left.insert((backend, proto), now);
-                news.push(News::Gone(Gone { backend, proto, draining }));
-            }
-        }
-        Ok(news)
     }
 
     /// The writes for what changed, and for what did not fit before and does now.
@@ -301,6 +270,25 @@ impl Services {
             self.model.touch(&name);
         }
     }
+}
+
+/// The backends that `ops` will remove, and of datagram ones those that a frontend will do without.
+fn leaving(tables: &impl ServiceTables, ops: &[proxy::Op]) -> Result<Vec<Gone>, TableError> {
+    use proxy::Op;
+    let mut gone = Vec::new();
+    for op in ops {
+        let (id, is_member) = match op {
+            Op::DeleteMember { backend, .. } => (*backend, true),
+            Op::DeleteBackend { id } => (*id, false),
+            _ => continue,
+        };
+        if let Some(backend) = tables.backend(id)?
+            && is_member == (backend.proto == Protocol::Udp.number())
+        {
+            gone.push(Gone { backend: SocketAddr::new(backend.addr, backend.port), proto: backend.proto });
+        }
+    }
+    Ok(gone)
 }
 
 fn kernel(error: TableError) -> EngineError {

@@ -7,11 +7,12 @@ use std::process::Command;
 
 use keelway_agent::engine::Services;
 use keelway_layout::{
-    Addr, Affinity, AffinityKey, Counter, Endpoint, Hook, Identity, NodeConfig, Port, PrefixKey, Reason, Tunnel,
-    identity, node_flags,
+    Addr, Affinity, AffinityKey, Counter, CtEntry, CtKey, Endpoint, Hook, Identity, NodeConfig, Port, PrefixKey,
+    Reason, Tunnel, identity, node_flags, scope, tunnel_flags,
 };
 use keelway_maps::{Datapath, Run, Table as _, XdpMode};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde::{Deserialize, Serialize};
 
 pub const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 pub const OTHER_NODE: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
@@ -25,6 +26,19 @@ const SECOND: u64 = 1_000_000_000;
 /// `TC_ACT_REDIRECT`.
 pub const REDIRECT: i32 = 7;
 const VXLAN_IFINDEX: u32 = 77;
+/// Of which protocols a client outside is answered by its backend's node (`--load-balancer-mode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dsr {
+    /// `snat`
+    #[default]
+    None,
+    /// `hybrid`
+    Tcp,
+    /// `dsr`
+    All,
+}
+
 pub const SNAT: std::ops::RangeInclusive<u16> = 61_000..=64_999;
 
 pub fn ip(text: &str) -> IpAddr {
@@ -87,6 +101,10 @@ pub struct Kernel {
     arrivals: u32,
     /// How many packets turned round before tc's hook.
     pub turned: usize,
+    /// How many packets were handed on to their backend's node as they came.
+    pub handed_on: usize,
+    /// How many packets of the host's own went to a backend.
+    pub from_host: usize,
     _bpffs: Bpffs,
 }
 
@@ -122,6 +140,8 @@ impl Kernel {
             out: nix::net::if_::if_nametoindex("out").expect("the device"),
             arrivals: 0,
             turned: 0,
+            handed_on: 0,
+            from_host: 0,
             _bpffs: bpffs,
         };
         // A run's packet can come by no device without a program.
@@ -161,24 +181,31 @@ impl Kernel {
                 tables.endpoints.put(&pod(1, last, v6).into(), &endpoint).expect("an endpoint");
             }
             let (net, bits) = POD_NETS[if v6 { 3 } else { 1 }];
-            let remote = Tunnel { remote: ip(OTHER_NODE[usize::from(v6)]).into(), ..Tunnel::default() };
+            let remote = ip(OTHER_NODE[usize::from(v6)]).into();
+            let remote = Tunnel { remote, flags: tunnel_flags::DSR, ..Tunnel::default() };
             tables.tunnels.put(&PrefixKey::new(ip(net).into(), bits), &remote).expect("a tunnel");
         }
     }
 
-    /// Whether pods of other nodes are reached by routes, or else by the tunnel.
-    pub fn set_routed(&mut self, routed: bool) {
+    /// Whether pods of other nodes are reached by routes, or else by the tunnel; and which clients' packets they are handed as they came.
+    pub fn set_mode(&mut self, routed: bool, dsr: Dsr) {
         let masquerade = node_flags::MASQUERADE_V4 | node_flags::MASQUERADE_V6;
+        let dsr = match dsr {
+            Dsr::None => 0,
+            Dsr::Tcp => node_flags::DSR_TCP,
+            Dsr::All => node_flags::DSR_TCP | node_flags::DSR_DATAGRAMS,
+        };
         let config = NodeConfig {
             node_v4: ip(NODE[0]).into(),
             node_v6: ip(NODE[1]).into(),
             vxlan_ifindex: VXLAN_IFINDEX,
-            flags: masquerade | if routed { 0 } else { node_flags::VXLAN },
+            flags: masquerade | dsr | if routed { 0 } else { node_flags::VXLAN },
             snat_first: Port::new(*SNAT.start()),
             snat_last: Port::new(*SNAT.end()),
             vxlan_port: Port::new(8472),
             ..NodeConfig::default()
-        };
+        }
+        .with_pods_v6_word(Addr::from(pod(1, 0, true)).words()[0]);
         self.datapath.tables.set_node(&config).expect("the node's entry");
     }
 
@@ -198,6 +225,20 @@ impl Kernel {
         empty(&mut self.datapath.tables.conntrack);
         empty(&mut self.datapath.tables.nat);
         empty(&mut self.datapath.tables.affinity);
+    }
+
+    /// What became of a client's flow to a Service's address; `None` of one that this node does not know.
+    pub fn service_flow(&self, client: SocketAddr, to: SocketAddr, proto: u8) -> Option<CtEntry> {
+        let key = CtKey {
+            src: client.ip().into(),
+            dst: to.ip().into(),
+            sport: Port::new(client.port()),
+            dport: Port::new(to.port()),
+            proto,
+            scope: scope::SERVICE,
+            reserved: 0,
+        };
+        self.datapath.tables.conntrack.get(&key).expect("a look-up")
     }
 
     /// Lets a client's affinity to all frontends be so many seconds older.

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde_json::{Value, json};
 
-use crate::kernel::{NODE, PODS, ip, pod};
+use crate::kernel::{Dsr, NODE, PODS, ip, pod};
 use crate::scenario::{Case, From, Scenario, Step};
 
 /// splitmix64 (Steele, Lea, Flood 2014): the same cases on every machine.
@@ -158,6 +158,7 @@ fn client(random: &mut Random, from: From, v6: bool) -> IpAddr {
     match from {
         From::Pod => pod(1, last, v6),
         From::RemotePod => pod(2, last, v6),
+        From::Host => ip(NODE[usize::from(v6)]),
         From::Outside if v6 => ip(&format!("2001:db8:{}::{last}", 1 + random.below(2))),
         From::Outside => ip(random.pick(&["203.0.113.1", "203.0.113.200", "198.51.100.21", "198.18.7.7"])),
     }
@@ -180,6 +181,8 @@ fn packet(random: &mut Random, services: &[Value], routed: bool) -> Case {
     let from = match random.below(10) {
         0..=4 => From::Outside,
         5 | 6 if routed => From::RemotePod,
+        // To its own addresses a host sends by its loopback device.
+        7 | 8 if protocol == "SCTP" && !node.contains(&addr) => From::Host,
         _ => From::Pod,
     };
     let client = client(random, from, addr.is_ipv6());
@@ -219,6 +222,7 @@ pub fn scenario(random: &mut Random) -> Scenario {
         about: "random".into(),
         zone: random.pick(&[None, Some("z1".to_owned()), Some("z2".to_owned())]),
         routed,
+        dsr: random.pick(&[Dsr::None, Dsr::None, Dsr::Tcp, Dsr::All]),
         steps: vec![first, second],
     }
 }

@@ -124,6 +124,16 @@ pub fn flow(src: SocketAddr, dst: SocketAddr, proto: u8, flags: u8) -> Vec<u8> {
     ethernet(src.is_ipv6(), &ip(src.ip(), dst.ip(), proto, &l4))
 }
 
+/// An echo request.
+pub fn echo(src: IpAddr, dst: IpAddr) -> Vec<u8> {
+    let (proto, kind) = if src.is_ipv6() { (ICMP6, 128) } else { (ICMP4, 8) };
+    let mut l4 = [&[kind, 0, 0, 0, 0, 7, 0, 1][..], b"a payload"].concat();
+    let pseudo = if src.is_ipv6() { pseudo(src, dst, proto, l4.len()) } else { 0 };
+    let csum = folded(pseudo + sum(&l4));
+    l4[2..4].copy_from_slice(&csum.to_be_bytes());
+    ethernet(src.is_ipv6(), &ip(src, dst, proto, &l4))
+}
+
 /// `src` tells `dst` that the packet (Ethernet header first) could not be delivered.
 pub fn unreachable(src: IpAddr, dst: IpAddr, about: &[u8]) -> Vec<u8> {
     let quoted = &about[ETH..];

@@ -6,25 +6,25 @@ use std::net::SocketAddr;
 use keelway_layout::{Hook, Reason};
 use serde_json::json;
 
-use crate::kernel::{Kernel, ip, pod};
+use crate::kernel::{Dsr, Kernel, NODE, REDIRECT, ip, pod};
 use crate::packet::{self, ACK, FIN, SYN, TCP, UDP};
 use crate::writes::put;
 
 const CLIENT: u8 = 2;
 const SERVER: u8 = 3;
+const NODE_PORT: u16 = 30_080;
 
 /// A Service of both protocols with one backend on this node.
 fn kernel(v6: bool) -> Option<(Kernel, [SocketAddr; 3])> {
     let mut kernel = Kernel::new()?;
-    kernel.set_routed(false);
+    kernel.set_mode(false, Dsr::None);
     let vip = if v6 { "fd00:10:96::1" } else { "10.96.0.1" };
-    let ports =
-        |port| json!([{"name": "t", "protocol": "TCP", "port": port}, {"name": "u", "protocol": "UDP", "port": port}]);
+    let ports = |port| json!([{"name": "t", "protocol": "TCP", "port": port, "nodePort": NODE_PORT}, {"name": "u", "protocol": "UDP", "port": port}]);
     let family = if v6 { "IPv6" } else { "IPv4" };
     put(
         &mut kernel.services,
         json!({"kind": "Service", "metadata": {"namespace": "ns", "name": "s"},
-        "spec": {"clusterIPs": [vip], "ipFamilies": [family], "ports": ports(80)}}),
+        "spec": {"type": "NodePort", "clusterIPs": [vip], "ipFamilies": [family], "ports": ports(80)}}),
     );
     put(
         &mut kernel.services,
@@ -81,6 +81,47 @@ fn a_datagram_is_answered_by_whom_the_last_one_from_its_port_dialled() {
         for dialled in [vip, server, vip, server, server, vip] {
             assert_eq!(sent(&mut kernel, client, dialled, UDP, 0), Ok((client, server)), "to {dialled}");
             assert_eq!(sent(&mut kernel, server, client, UDP, 0), Ok((dialled, client)), "to {dialled}");
+        }
+    }
+}
+
+/// The kernel may give a node port to a connection that the node opens itself.
+#[test]
+fn answers_to_the_nodes_own_connection_from_a_node_port_reach_it() {
+    for v6 in [false, true] {
+        let Some((mut kernel, [_, _, server])) = kernel(v6) else { return };
+        let own = SocketAddr::new(ip(NODE[usize::from(v6)]), NODE_PORT);
+        kernel.services.set_addresses(vec![(own.ip(), false)]);
+        kernel.apply();
+        let outside = SocketAddr::new(ip(if v6 { "2001:db8:1::1" } else { "203.0.113.1" }), 443);
+        let answer = packet::flow(outside, own, TCP, SYN | ACK);
+        let did = kernel.run(Hook::NodeIngress, &answer);
+        assert!(did.run.verdict == 0 && did.run.packet == answer, "{:?}", did.counted);
+        // Who dials it is served, from then on with every packet.
+        for flags in [SYN, ACK] {
+            let did = kernel.run(Hook::NodeIngress, &packet::flow(outside, own, TCP, flags));
+            assert_eq!(packet::read(&did.run.packet).map(|seen| seen.dst), Ok(server), "{:?}", did.counted);
+        }
+    }
+}
+
+/// A Service's address is nobody's: who asks whether it is there is told so, and does not ask the world.
+#[test]
+fn an_echo_request_to_a_service_is_refused() {
+    for v6 in [false, true] {
+        let Some((mut kernel, [client, vip, _])) = kernel(v6) else { return };
+        let own = ip(NODE[usize::from(v6)]);
+        for (hook, from) in [
+            (Hook::PodIngress, client.ip()),
+            (Hook::NodeEgress, own),
+            (Hook::NodeIngress, ip(if v6 { "2001:db8:1::1" } else { "203.0.113.1" })),
+        ] {
+            let did = kernel.run(hook, &packet::echo(from, vip.ip()));
+            let outer = packet::read(&did.run.packet).expect("a sound packet");
+            assert_eq!((outer.src.ip(), outer.dst.ip()), (vip.ip(), from), "{hook:?}: {:?}", did.counted);
+            let told = packet::carried(&did.run.packet).expect("an error");
+            assert_eq!((told.src.ip(), told.dst.ip()), (from, vip.ip()), "{hook:?}");
+            assert_eq!((did.run.verdict, did.counted.contains(&Reason::NoBackend)), (REDIRECT, true), "{hook:?}");
         }
     }
 }

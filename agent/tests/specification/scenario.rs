@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use keelway_agent::source::convert;
-use keelway_layout::{Hook, Reason};
+use keelway_layout::{Addr, Hook, Reason, ct_flags};
 use keelway_proxy::model::{EndpointSlice, LoadBalancing, Service};
 use keelway_proxy::{Backend, Forward, NodeInfo, ObjectName, Packet, Place, Verdict, maglev, reference};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::kernel::{Did, Kernel, NODE, REDIRECT, Source, ip, is_local_pod, is_remote_pod};
+use crate::kernel::{Did, Dsr, Kernel, NODE, REDIRECT, Source, ip, is_local_pod, is_remote_pod};
 use crate::packet::{self, ACK, SCTP, SYN, Seen, TCP, UDP};
 
 /// A client's SYN from a port that had a connection. Nobody but this test looks at its ECE bit.
@@ -32,6 +32,8 @@ pub struct Scenario {
     /// Pods of other nodes are reached by routes instead of the tunnel.
     #[serde(default)]
     pub routed: bool,
+    #[serde(default)]
+    pub dsr: Dsr,
     pub steps: Vec<Step>,
 }
 
@@ -58,6 +60,8 @@ pub enum From {
     Pod,
     /// A pod of another node, where those are reached by routes. (A run cannot have come by a tunnel.)
     RemotePod,
+    /// A process of this node, by a protocol that no socket hook sees (SCTP).
+    Host,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -82,11 +86,19 @@ impl Case {
         }
     }
     fn hook(&self) -> Hook {
-        if self.from == From::Pod { Hook::PodIngress } else { Hook::NodeIngress }
+        match self.from {
+            From::Pod => Hook::PodIngress,
+            From::Host => Hook::NodeEgress,
+            From::Outside | From::RemotePod => Hook::NodeIngress,
+        }
     }
     fn packet(&self) -> Packet {
         // To a node's policy a pod of another one comes from outside.
-        let place = if self.from == From::Pod { Place::Pod } else { Place::Outside };
+        let place = match self.from {
+            From::Pod => Place::Pod,
+            From::Host => Place::Host,
+            From::Outside | From::RemotePod => Place::Outside,
+        };
         Packet { place, client: self.client, addr: self.to.ip(), port: self.to.port(), proto: self.proto() }
     }
 }
@@ -117,6 +129,7 @@ pub struct Runner<'a> {
     kernel: &'a mut Kernel,
     node: NodeInfo,
     routed: bool,
+    dsr: Dsr,
     services: BTreeMap<ObjectName, Service>,
     slices: BTreeMap<ObjectName, EndpointSlice>,
     flows: Vec<Open>,
@@ -132,7 +145,7 @@ pub fn run(kernel: &mut Kernel, scenario: &Scenario) -> Result<usize, String> {
     let ips = vec![ip(NODE[0]), ip(NODE[1])];
     let node =
         NodeInfo { name: "n1".into(), zone: scenario.zone.clone(), ips: ips.clone(), addresses: addresses.clone() };
-    kernel.set_routed(scenario.routed);
+    kernel.set_mode(scenario.routed, scenario.dsr);
     kernel.forget_flows();
     kernel.services.set_place(scenario.zone.clone(), ips);
     kernel.services.set_addresses(addresses);
@@ -140,6 +153,7 @@ pub fn run(kernel: &mut Kernel, scenario: &Scenario) -> Result<usize, String> {
         kernel,
         node,
         routed: scenario.routed,
+        dsr: scenario.dsr,
         services: BTreeMap::new(),
         slices: BTreeMap::new(),
         flows: Vec::new(),
@@ -220,7 +234,13 @@ impl Runner<'_> {
             {
                 return Err(named("the reference is of another opinion than the file".into()));
             }
-            self.opens(case, &verdict).map_err(named)?;
+            // A host's own packets do not come back to it: what it has no socket hook for, it cannot send itself by a Service.
+            let own = ip(NODE[usize::from(case.client.is_ipv6())]);
+            let to_itself =
+                matches!(&verdict, Verdict::Forward(to) if to.backends.iter().any(|backend| backend.addr == own));
+            if case.from != From::Host || !to_itself {
+                self.opens(case, &verdict).map_err(named)?;
+            }
         }
         Ok(())
     }
@@ -369,10 +389,25 @@ impl Runner<'_> {
                 if did.run.verdict == SHOT {
                     return wrong("it should have reached a backend");
                 }
+                let is_backend = |seen| forward.backends.iter().any(|b| SocketAddr::from((b.addr, b.port)) == seen);
+                if let Some(backend) = self.handed_on(case, client) {
+                    // The other words of its address are where the MACs were.
+                    let told: Vec<u8> =
+                        Addr::from(backend.ip()).words()[1..].iter().flat_map(|w| w.to_ne_bytes()).collect();
+                    let as_it_came = out[14..] == sent[14..] && out[..12] == told && did.run.verdict == REDIRECT;
+                    if !is_backend(backend) || !as_it_came || !counted.contains(&Reason::ToBackendsNode) {
+                        return wrong(&format!("it should have been handed on as it is, to {backend}"));
+                    }
+                    self.is_hashed(case, client, flags, forward, backend)?;
+                    self.kernel.handed_on += 1;
+                    return Ok(Some(backend));
+                }
                 let seen = packet::read(out)?;
-                let is_backend = forward.backends.iter().any(|b| SocketAddr::from((b.addr, b.port)) == seen.dst);
-                if !is_backend || seen.proto != case.proto() || !counted.contains(&Reason::Translated) {
+                if !is_backend(seen.dst) || seen.proto != case.proto() || !counted.contains(&Reason::Translated) {
                     return wrong("it reached none of the backends");
+                }
+                if self.is_to_be_handed_on(case, seen.dst.ip()) {
+                    return wrong("it should have been handed on to its backend's node");
                 }
                 let source = self.source(case, client, seen.dst);
                 if forward.keep_source && source != Source::Of(client) {
@@ -383,9 +418,26 @@ impl Runner<'_> {
                 }
                 self.is_hashed(case, client, flags, forward, seen.dst)?;
                 self.answers(case, client, &did, seen)?;
+                self.kernel.from_host += usize::from(case.from == From::Host);
                 Ok(Some(seen.dst))
             }
         }
+    }
+
+    /// The backend of a flow that its backend's node answers.
+    fn handed_on(&self, case: &Case, client: SocketAddr) -> Option<SocketAddr> {
+        let flow = self.kernel.service_flow(client, case.to, case.proto())?;
+        let backend = SocketAddr::new(flow.nat_addr.into(), flow.nat_port.get());
+        (flow.flags & ct_flags::DSR != 0 && self.is_to_be_handed_on(case, backend.ip())).then_some(backend)
+    }
+
+    fn is_to_be_handed_on(&self, case: &Case, backend: IpAddr) -> bool {
+        let is_on = match self.dsr {
+            Dsr::None => false,
+            Dsr::Tcp => case.proto() == TCP,
+            Dsr::All => true,
+        };
+        is_on && case.from == From::Outside && is_remote_pod(backend)
     }
 
     /// Whom the backend sees.
@@ -394,7 +446,7 @@ impl Runner<'_> {
         let itself = ip(if backend.is_ipv6() { "100::1" } else { "169.254.1.1" });
         match case.from {
             From::Pod if backend.ip() == client.ip() => Source::Of((itself, client.port()).into()),
-            From::Pod => Source::Of(client),
+            From::Pod | From::Host => Source::Of(client),
             _ if is_local_pod(backend.ip()) || backend.ip() == own => Source::Of(client),
             _ => Source::Node(own),
         }
@@ -411,7 +463,8 @@ impl Runner<'_> {
     ) -> Result<(), String> {
         let all =
             self.services.values().all(|s| s.load_balancing == LoadBalancing::Maglev && s.affinity_seconds.is_none());
-        let external = case.from != From::Pod && !self.services.values().any(|s| s.cluster_ips.contains(&case.to.ip()));
+        let external =
+            case.hook() == Hook::NodeIngress && !self.services.values().any(|s| s.cluster_ips.contains(&case.to.ip()));
         if !all || !external || flags != SYN {
             return Ok(());
         }
@@ -448,6 +501,12 @@ impl Runner<'_> {
             request = self.kernel.run(Hook::NodeEgress, &request).run.packet;
             seen = packet::read(&request)?;
         }
+        if case.from == From::Host && hook == Hook::PodIngress {
+            let taken = self.kernel.run(Hook::PodEgress, &request);
+            if taken.run.verdict != OK || taken.run.packet != request {
+                return Err(format!("the pod's hook does not take it as it is: {:?}", taken.counted));
+            }
+        }
         let answer = packet::flow(seen.dst, seen.src, case.proto(), SYN | ACK);
         let answered = self.kernel.run(hook, &answer);
         let got = packet::read(&answered.run.packet).map_err(|error| format!("the answer: {error}"))?;
@@ -470,7 +529,7 @@ impl Runner<'_> {
                 ));
             }
         }
-        if case.from != From::Pod && is_local_pod(seen.dst.ip()) {
+        if case.hook() == Hook::NodeIngress && is_local_pod(seen.dst.ip()) {
             let error = packet::unreachable(client.ip(), case.to.ip(), &answered.run.packet);
             let told = self.kernel.run(case.hook(), &error);
             let about = packet::carried(&told.run.packet).map_err(|error| format!("the client's error: {error}"))?;

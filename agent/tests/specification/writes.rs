@@ -10,7 +10,7 @@ use keelway_maps::{Datapath, TableError};
 use keelway_proxy::{Backend, Dump, Op};
 use serde_json::{Value, json};
 
-use crate::kernel::Kernel;
+use crate::kernel::{Dsr, Kernel};
 use crate::packet::{self, SYN, TCP};
 
 /// The kernel's tables, counted, and refusing one write when told so.
@@ -98,7 +98,7 @@ fn one_endpoint_more_among_a_hundred_thousand_is_a_handful_of_writes() {
 #[test]
 fn a_refused_write_and_the_resync_after_it_show_no_packet_anything_else() {
     let Some(mut kernel) = Kernel::new() else { return };
-    kernel.set_routed(true);
+    kernel.set_mode(true, Dsr::None);
     let mut sport = 10_000;
     let old: BTreeSet<SocketAddr> = (1..=6).map(|at| format!("10.150.0.{}:8080", 60 + at).parse().unwrap()).collect();
     let put_endpoints = |kernel: &mut Kernel, endpoints: &BTreeSet<SocketAddr>| {

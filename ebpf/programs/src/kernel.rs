@@ -200,6 +200,14 @@ impl Skb {
         }
     }
 
+    /// Verdict: into this host, as if it came by the device `ifindex`.
+    #[inline(always)]
+    pub fn redirect_in(self, ifindex: u32) -> i32 {
+        const BPF_F_INGRESS: u64 = 1;
+        // SAFETY: takes no pointers.
+        unsafe { h::bpf_redirect(ifindex, BPF_F_INGRESS) as i32 }
+    }
+
     /// Verdict: out of the device `ifindex`.
     #[inline(always)]
     pub fn redirect(self, ifindex: u32) -> i32 {

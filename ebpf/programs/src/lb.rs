@@ -54,7 +54,8 @@ pub fn any_of_family(addr: &Addr) -> Addr {
 #[inline(never)]
 pub fn dial(addr: &Addr, port: Port, proto: u8, client: Client) -> Option<&'static Frontend> {
     if !matches!(proto, TCP | UDP | SCTP) {
-        return None;
+        // A Service's address has nothing but ports: an echo request is refused like a port that nobody serves.
+        return frontend(FrontendKey::new(*addr, Port::NONE, 0)).filter(|found| refuses(found));
     }
     // Who dials no address in particular dials itself.
     let addr = match (*addr == any_of_family(addr), addr.is_v4()) {
@@ -211,6 +212,9 @@ pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcom
     if asked.incarnation == 0 && under_way(packet) && adopting() {
         return Ok(Outcome::Other);
     }
+    if is_own(packet, frontend, asked.client) {
+        return Ok(Outcome::Other);
+    }
     if refuses(frontend) {
         return Ok(Outcome::Refused);
     }
@@ -233,6 +237,15 @@ fn lease(proto: u8) -> u64 {
 #[inline(always)]
 fn under_way(packet: &Packet) -> bool {
     packet.tuple.proto == TCP && packet.tcp_flags & (SYN | ACK) != SYN
+}
+
+/// Whether a packet that nobody knows belongs to a connection that the node itself opened, from a port that is a Service's as well.
+/// Where all nodes choose alike it may be another node's.
+#[inline(always)]
+fn is_own(packet: &Packet, frontend: &Frontend, client: Client) -> bool {
+    client == Client::Outside
+        && under_way(packet)
+        && frontend.flags & (frontend_flags::NODE_PORT | frontend_flags::HASHED) == frontend_flags::NODE_PORT
 }
 
 #[inline(always)]

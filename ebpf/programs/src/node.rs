@@ -8,7 +8,7 @@ use crate::ct::{self, Way};
 use crate::kernel::{Skb, now};
 use crate::lb::Client;
 use crate::maps::NODE;
-use crate::parse::{Kind, Packet, UDP};
+use crate::parse::{Kind, Packet, SCTP, TCP, UDP};
 use crate::pod::endpoint;
 use crate::policy::identity_of;
 use crate::service::{self, node_addr};
@@ -27,7 +27,7 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
             return Ok(OK);
         }
         restored = nat_inbound(skb, packet, now)?;
-        if restored && service_answer(skb, packet, now)? {
+        if (restored || may_be_for_host(packet)) && service_answer(skb, packet, now)? {
             return service::onward(skb, packet, node);
         }
     }
@@ -66,6 +66,12 @@ fn service_answer(skb: Skb, packet: &mut Packet, now: u64) -> Result<bool, Reaso
     }
 }
 
+/// Whether a packet to the node may answer one that a process of its own sent to a Service, past the socket hooks.
+#[inline(always)]
+fn may_be_for_host(packet: &Packet) -> bool {
+    packet.tuple.proto == SCTP || packet.kind == Kind::IcmpError
+}
+
 /// What comes by the tunnel to the node itself: answers to what it sent for Services' clients, and pods that dial it.
 #[inline(always)]
 pub fn from_tunnel(
@@ -75,7 +81,7 @@ pub fn from_tunnel(
     now: u64,
     account: &mut Account,
 ) -> Result<i32, Reason> {
-    if nat_inbound(skb, packet, now)? && service_answer(skb, packet, now)? {
+    if (nat_inbound(skb, packet, now)? || may_be_for_host(packet)) && service_answer(skb, packet, now)? {
         return service::onward(skb, packet, node);
     }
     if packet.kind == Kind::IcmpError {
@@ -106,7 +112,7 @@ pub fn genuine(node: &NodeConfig, packet: &Packet) -> Result<(), Reason> {
 #[inline(always)]
 pub fn egress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i32, Reason> {
     let Some(node) = NODE.get(0) else { return Ok(OK) };
-    let Some(sender) = endpoint(&packet.tuple.src) else { return own_answer(skb, packet, node) };
+    let Some(sender) = endpoint(&packet.tuple.src) else { return own(skb, packet, node, account) };
     account.endpoint = sender.id;
     let Some(addr) = nat::source_for(node, packet) else { return Ok(OK) };
     let now = now();
@@ -120,15 +126,26 @@ pub fn egress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i3
     Ok(OK)
 }
 
-/// A packet of the host's own: if it answers a Service's client, or is an error about what that sent, it leaves under the address that was dialled.
+/// A packet of the host's own, to the network: an answer, or one by which it dials a Service itself. Sockets of TCP and UDP have
+/// their own hooks for that, others have none.
 #[inline(always)]
-pub fn own_answer(skb: Skb, packet: &mut Packet, node: &NodeConfig) -> Result<i32, Reason> {
-    let own = packet.tuple.src == node_addr(node, packet.v6) || service::is_hosts(&packet.tuple.src);
-    let tunnelled = packet.tuple.proto == UDP && packet.tuple.dport == node.vxlan_port;
-    if own && !tunnelled {
-        service_answer(skb, packet, now())?;
+fn own(skb: Skb, packet: &mut Packet, node: &NodeConfig, account: &mut Account) -> Result<i32, Reason> {
+    if !own_answer(skb, packet, node)?
+        && packet.kind == Kind::Flow
+        && !matches!(packet.tuple.proto, TCP | UDP)
+        && packet.tuple.src == node_addr(node, packet.v6)
+    {
+        return service::depart(skb, packet, node, now(), account);
     }
     Ok(OK)
+}
+
+/// A packet of the host's own: if it answers a Service's client, or is an error about what that sent, it leaves under the address that was dialled.
+#[inline(always)]
+pub fn own_answer(skb: Skb, packet: &mut Packet, node: &NodeConfig) -> Result<bool, Reason> {
+    let own = packet.tuple.src == node_addr(node, packet.v6) || service::is_hosts(&packet.tuple.src);
+    let tunnelled = packet.tuple.proto == UDP && packet.tuple.dport == node.vxlan_port;
+    if own && !tunnelled { service_answer(skb, packet, now()) } else { Ok(false) }
 }
 
 /// Whether the packet belongs to a flow that was opened to the pod under its own address.

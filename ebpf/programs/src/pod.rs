@@ -9,7 +9,7 @@ use crate::frame::Frame as _;
 use crate::kernel::{Skb, lpm_get, now};
 use crate::lb::{self, Asked, Client, Outcome};
 use crate::maps::{ENDPOINTS, NODE, TUNNELS};
-use crate::parse::{self, ACK, FIN, Kind, Packet, RST, SYN, TCP, UDP};
+use crate::parse::{self, ACK, FIN, Kind, Packet, RST, SCTP, SYN, TCP, UDP};
 use crate::policy::{admit_known, admit_new, identity_of};
 use crate::rewrite::{self, Side};
 use crate::{deliver, refuse, service};
@@ -212,6 +212,10 @@ pub fn egress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i3
     }
     let receiver = endpoint(&packet.tuple.dst).filter(|receiver| receiver.ifindex == skb.ifindex());
     let receiver = receiver.ok_or(Reason::NoEndpoint)?;
-    deliver::admit(skb, packet, receiver, now(), account)?;
+    let now = now();
+    if packet.tuple.proto == SCTP {
+        account.dialled = service::dialled_by_host(packet, now);
+    }
+    deliver::admit(skb, packet, receiver, now, account)?;
     Ok(TC_ACT_OK as i32)
 }

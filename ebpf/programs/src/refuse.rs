@@ -25,10 +25,22 @@ pub fn port_unreachable(skb: Skb, packet: &Packet, endpoint: &Endpoint) -> Resul
 /// Turns the packet into an ICMP error and returns it the way that it came.
 #[inline(never)]
 pub fn port_unreachable_back(skb: Skb, packet: &Packet) -> Result<i32, Reason> {
+    turn_round(skb, packet)?;
+    Ok(skb.redirect(skb.ifindex()))
+}
+
+/// Turns a packet of the host's own into an ICMP error, and gives it to the host as if it came by the device.
+#[inline(never)]
+pub fn port_unreachable_here(skb: Skb, packet: &Packet) -> Result<i32, Reason> {
+    turn_round(skb, packet)?;
+    Ok(skb.redirect_in(skb.ifindex()))
+}
+
+#[inline(always)]
+fn turn_round(skb: Skb, packet: &Packet) -> Result<(), Reason> {
     let macs: [[u8; 6]; 2] = skb.load(0)?;
     answer(skb, packet)?;
-    skb.store(0, &[macs[1], macs[0]])?;
-    Ok(skb.redirect(skb.ifindex()))
+    skb.store(0, &[macs[1], macs[0]])
 }
 
 #[inline(never)]

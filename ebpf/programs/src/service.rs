@@ -130,6 +130,44 @@ pub fn arrive(
     onward(skb, packet, node)
 }
 
+/// A packet of the host's own that may be for a Service, to its backend. To a pod here it goes by that pod's own hook, which admits
+/// it; what was dialled that finds by [`dialled_by_host`].
+#[inline(always)]
+pub fn depart(
+    skb: Skb,
+    packet: &mut Packet,
+    node: &NodeConfig,
+    now: u64,
+    account: &mut Account,
+) -> Result<i32, Reason> {
+    account.client = Client::Host;
+    match translate(skb, packet, now, account)? {
+        Outcome::Other => return Ok(OK),
+        Outcome::Refused => {
+            count(account.hook, Reason::NoBackend, skb.len());
+            return refuse::port_unreachable_here(skb, packet);
+        }
+        Outcome::Translated => {}
+    }
+    if is_hosts(&packet.tuple.dst) {
+        // The stack takes nothing from the network that has its own address as source.
+        return Err(Reason::Hairpin);
+    }
+    match endpoint(&packet.tuple.dst) {
+        Some(receiver) => {
+            skb.store(0, &[receiver.mac, receiver.host_mac])?;
+            Ok(skb.redirect(receiver.ifindex))
+        }
+        None => onward(skb, packet, node),
+    }
+}
+
+/// What the host dialled when it sent this packet to a pod; nothing in particular if that was the pod.
+#[inline(never)]
+pub fn dialled_by_host(packet: &Packet, now: u64) -> (Addr, Port) {
+    ct::find_of(&packet.tuple, scope::LB, Way::Forward, 0, now).and_then(Flow::dialled).unwrap_or_default()
+}
+
 /// Into a pod that is the backend, by its rules.
 #[inline(never)]
 pub fn receive(
@@ -222,9 +260,12 @@ pub fn arrive_error(skb: Skb, packet: &mut Packet, now: u64, account: &mut Accou
     deliver::hand_over(skb, receiver).map(Some)
 }
 
-/// To a pod through the tunnel, to everybody else by the node's routes.
+/// To the host by its stack, to a pod through the tunnel, to everybody else by the node's routes.
 #[inline(never)]
 pub fn onward(skb: Skb, packet: &Packet, node: &NodeConfig) -> Result<i32, Reason> {
+    if packet.tuple.dst == node_addr(node, packet.v6) {
+        return Ok(OK);
+    }
     if goes_by_tunnel(node, &packet.tuple.dst) {
         lpm_get(&TUNNELS, &keelway_layout::PrefixKey::host(packet.tuple.dst)).ok_or(Reason::NoRoute)?;
         return Ok(skb.redirect(node.vxlan_ifindex));

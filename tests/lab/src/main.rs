@@ -124,14 +124,15 @@ enum ClusterCommand {
         /// The archives.
         archives: Vec<PathBuf>,
     },
-    /// Run upstream's suite: the network's conformance specs, or those that match.
+    /// Run upstream's suite: the network's [Conformance] specs, and those of Services, DNS and proxy that need no cloud
+    /// (tests/cluster/network-specs.txt).
     Conformance {
-        /// A regular expression.
-        #[arg(long, value_name = "REGEX", default_value = conformance::NETWORK)]
-        focus: String,
-        /// All Services, DNS and proxy specs that need no cloud (tests/cluster/network-specs.txt), conformance included.
-        #[arg(long, conflicts_with = "focus")]
-        services: bool,
+        /// Only specs that match a regular expression, whatever they are about.
+        #[arg(long, value_name = "REGEX", conflicts_with = "only_conformance")]
+        focus: Option<String>,
+        /// Only the [Conformance] specs of the network.
+        #[arg(long)]
+        only_conformance: bool,
     },
     /// Run upstream's External.Storage suite against the CSI driver.
     ConformanceStorage {
@@ -247,14 +248,15 @@ fn cluster(id: &str, command: ClusterCommand) -> Result<i32> {
                 cluster.import(&archive.canonicalize()?)?;
             }
         }
-        ClusterCommand::Conformance { focus, services } => {
+        ClusterCommand::Conformance { focus, only_conformance } => {
             let cluster = Cluster::open(id)?;
-            let (outcome, name, flag) = if services {
-                (conformance::run_services(&cluster)?, "conformance-services", " --services".to_owned())
-            } else if focus == conformance::NETWORK {
-                (conformance::run(&cluster, &focus)?, "conformance-network", String::new())
-            } else {
-                (conformance::run(&cluster, &focus)?, "conformance", format!(" --focus '{focus}'"))
+            let (outcome, name, flag) = match (focus, only_conformance) {
+                (Some(focus), _) => (conformance::run(&cluster, &focus)?, "conformance", format!(" --focus '{focus}'")),
+                (None, true) => {
+                    let flag = " --only-conformance".to_owned();
+                    (conformance::run(&cluster, conformance::NETWORK)?, "conformance", flag)
+                }
+                (None, false) => (conformance::run_network(&cluster)?, "conformance-network", String::new()),
             };
             let all = conformance::report(name, &format!("hack/conformance-network{flag}"), &outcome)?;
             return Ok(i32::from(!all));

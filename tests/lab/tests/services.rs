@@ -464,6 +464,37 @@ fn the_hosts_sockets_are_ended_when_their_backend_is_gone() {
     answered_by(&s.probe_on_node(1, &["ask", &udp_at, "--udp"]).unwrap(), &["c"]);
 }
 
+/// Two Services have one backend, and one of them goes on without it: that one's sockets go elsewhere, the other's stay.
+#[test]
+fn the_hosts_datagram_socket_is_ended_by_its_own_service_only() {
+    let s = standalone_or_skip!(1);
+    let b = s.pod(1, "b", &[]).unwrap();
+    let c = s.pod(1, "c", &[]).unwrap();
+    let services = [("one", "10.96.0.20"), ("two", "10.96.0.21")];
+    let put = |(name, vip): (&str, &str), backend: &Pod| {
+        let mut spec = node_port("UDP", &json!({"type": "ClusterIP"}));
+        spec["clusterIP"] = json!(vip);
+        spec["clusterIPs"] = json!([vip]);
+        s.put_service(name, &spec, &json!({}), &[Backend::pod(&s, backend)]).unwrap();
+    };
+    services.iter().for_each(|service| put(*service, &b));
+    let target = |vip: &str| at(vip.parse::<IpAddr>().unwrap(), 80);
+    let flow = |vip: &str| -> Flowed {
+        let target = target(vip);
+        eventually("served", || s.probe_on_node(1, &["ask", &target, "--udp"]).unwrap(), |seen| seen.answered() == 1);
+        s.probe_on_node(1, &["flow", &target, "--udp", "--seconds", "8", "--rate", "20"]).unwrap()
+    };
+    let [left, stays] = std::thread::scope(|scope| {
+        let flows = services.map(|(_, vip)| scope.spawn(move || flow(vip)));
+        std::thread::sleep(Duration::from_secs(3));
+        put(services[0], &c);
+        flows.map(|flow| flow.join().unwrap())
+    });
+    assert!(left.failures.values().sum::<u64>() >= 1 && left.answered < 140, "{left:?}");
+    assert_eq!((stays.failures.len(), stays.lost()), (0, 0), "{stays:?}");
+    answered_by(&s.probe_on_node(1, &["ask", &target(services[0].1), "--udp"]).unwrap(), &["c"]);
+}
+
 #[test]
 fn a_node_port_is_taken_for_the_host_and_free_for_pods() {
     let s = standalone_or_skip!(1);

@@ -9,6 +9,9 @@ pub use super::suite::Fate;
 use super::suite::{self, Outcome};
 use super::{Cluster, programs};
 
+/// What the name of a spec that every cluster has to pass says.
+const CONFORMANCE: &str = "[Conformance]";
+
 /// The specs that every cluster's network has to pass.
 pub const NETWORK: &str = r"\[sig-network\].*\[Conformance\]";
 
@@ -46,7 +49,7 @@ impl Sorted {
     /// That every network spec of the suite is sorted, and nothing else is.
     fn check(&self, suite: &BTreeSet<String>) -> Result<()> {
         let sorted: BTreeSet<String> = self.run.iter().chain(self.cannot.keys()).chain(&self.other).cloned().collect();
-        let open: Vec<&String> = suite.difference(&sorted).filter(|spec| !spec.contains("[Conformance]")).collect();
+        let open: Vec<&String> = suite.difference(&sorted).filter(|spec| !spec.contains(CONFORMANCE)).collect();
         let gone: Vec<&String> = sorted.difference(suite).collect();
         ensure!(
             open.is_empty() && gone.is_empty(),
@@ -63,12 +66,12 @@ pub fn run(cluster: &Cluster, focus: &str) -> Result<Outcome> {
     suite::run(cluster, wanted, &[])
 }
 
-/// Runs the Services, DNS and proxy specs: the [Conformance] ones and those that `network-specs.txt` has under "run".
-pub fn run_services(cluster: &Cluster) -> Result<Outcome> {
+/// Runs the network's [Conformance] specs and those of Services, DNS and proxy that `network-specs.txt` has under "run".
+pub fn run_network(cluster: &Cluster) -> Result<Outcome> {
     let sorted = Sorted::read(SPECS)?;
     let all = suite::dry(cluster, r"\[sig-network\]", &[])?;
     sorted.check(&all)?;
-    let conformance = all.into_iter().filter(|spec| spec.contains("[Conformance]"));
+    let conformance = all.into_iter().filter(|spec| spec.contains(CONFORMANCE));
     let wanted: BTreeSet<String> = conformance.chain(sorted.run).collect();
     println!("{} specs to run, {} cannot be", wanted.len(), sorted.cannot.len());
     let mut outcome = suite::run(cluster, wanted, &[])?;
@@ -83,6 +86,11 @@ pub fn report(name: &str, command: &str, outcome: &Outcome) -> Result<bool> {
         let group = groups.entry(group(spec)).or_default();
         group.0 += u32::from(state.passed());
         group.1 += 1;
+        if spec.contains(CONFORMANCE) {
+            let conformance = groups.entry(CONFORMANCE).or_default();
+            conformance.0 += u32::from(state.passed());
+            conformance.1 += 1;
+        }
     }
     let rows: Vec<Value> = groups
         .iter()
