@@ -112,9 +112,12 @@ impl Uses {
         let of = OfBoot { boot: self.boot.clone(), uses: uses.to_vec() };
         let text =
             serde_json::to_vec(&of).map_err(|error| Error::Corrupt { path: path.clone(), why: error.to_string() })?;
-        std::fs::write(&beside, text)
-            .and_then(|()| std::fs::rename(&beside, &path))
-            .context(|| format!("write {}", path.display()))
+        let written = std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, &path));
+        if written.is_err() {
+            // What there is of it takes room, of which there may be none.
+            let _ = std::fs::remove_file(&beside);
+        }
+        written.context(|| format!("write {}", path.display()))
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<VolumeId, Vec<Use>>> {
