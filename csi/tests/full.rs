@@ -57,9 +57,15 @@ fn line(json: &str) -> String {
 }
 
 #[tokio::test]
-#[ignore = "needs root and loop devices"]
+#[ignore = "needs root, loop devices, XFS and btrfs"]
 async fn what_gives_room_is_never_refused_for_want_of_it() {
-    let mut driver = Driver::new().state_on(16);
+    for (fs, mebibytes) in [("ext4", 16), ("xfs", 300), ("btrfs", 128)] {
+        eprintln!("{fs}");
+        gives_room(Driver::new().state_on(fs, mebibytes)).await;
+    }
+}
+
+async fn gives_room(mut driver: Driver) {
     driver.start();
     let (first, second) = (made(&driver, "first").await, made(&driver, "second").await);
     bring(&driver, &first).await;
@@ -88,7 +94,7 @@ async fn what_gives_room_is_never_refused_for_want_of_it() {
 #[tokio::test]
 #[ignore = "needs root and loop devices"]
 async fn what_was_answered_outlives_a_full_disk_and_a_kill() {
-    let mut driver = Driver::new().state_on(16);
+    let mut driver = Driver::new().state_on("ext4", 16);
     driver.start();
     let calls = made(&driver, "first").await;
     bring(&driver, &calls).await;
@@ -132,7 +138,7 @@ async fn what_was_answered_outlives_a_full_disk_and_a_kill() {
 #[tokio::test]
 #[ignore = "needs root and loop devices"]
 async fn a_group_that_fails_halfway_leaves_nothing() {
-    let mut driver = Driver::new().state_on(16);
+    let mut driver = Driver::new().state_on("ext4", 16);
     driver.start();
     let (first, second) = (made(&driver, "first").await, made(&driver, "second").await);
     let filling = fill(&driver.path("state"));
@@ -167,7 +173,7 @@ async fn a_group_that_fails_halfway_leaves_nothing() {
 #[tokio::test]
 #[ignore = "needs root and loop devices"]
 async fn a_journal_of_an_older_build_or_of_a_power_cut_is_carried_on_with() {
-    let mut driver = Driver::new().state_on(16);
+    let mut driver = Driver::new().state_on("ext4", 16);
     driver.start();
     let calls = made(&driver, "first").await;
     bring(&driver, &calls).await;

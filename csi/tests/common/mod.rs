@@ -82,14 +82,14 @@ impl Driver {
         Some(driver)
     }
 
-    /// With its state on an ext4 of its own, with this many MiB.
-    pub fn state_on(self, mebibytes: u64) -> Self {
+    /// With its state on a filesystem of its own, of this type and with this many MiB.
+    pub fn state_on(self, fs: &str, mebibytes: u64) -> Self {
         let (image, state) = (self.path("state.disk"), self.path("state"));
         std::fs::create_dir(&state).unwrap();
         std::fs::File::create(&image).unwrap().set_len(mebibytes << 20).unwrap();
         let (image, state) = (image.to_str().unwrap(), state.to_str().unwrap());
-        run("mkfs.ext4", &["-q", image]);
-        run("mount", &["-o", "loop", image, state]);
+        run(&format!("mkfs.{fs}"), &["-q", image]);
+        run("mount", &["-t", fs, "-o", "loop", image, state]);
         self
     }
 
