@@ -77,6 +77,9 @@ enum Command {
         /// The kubelet's directory.
         #[arg(long, value_name = "DIR", default_value = "/var/lib/kubelet")]
         kubelet_dir: PathBuf,
+        /// The devices of the volume group, where the driver was given them, too.
+        #[arg(long, value_delimiter = ',', value_name = "PATH")]
+        lvm_devices: Vec<PathBuf>,
     },
 }
 
@@ -133,7 +136,7 @@ async fn run(cli: &Cli) -> anyhow::Result<bool> {
             print(&text)?;
             Ok(true)
         }
-        Command::Volumes { state_dir, pool_dir, kubelet_dir } => {
+        Command::Volumes { state_dir, pool_dir, kubelet_dir, lvm_devices } => {
             let listed = volumes::list(&cli.csi_socket, TIMEOUT).await;
             anyhow::ensure!(
                 state_dir.exists() || !matches!(listed, volumes::Volumes::NoDriver),
@@ -145,6 +148,7 @@ async fn run(cli: &Cli) -> anyhow::Result<bool> {
                 state: state_dir.clone(),
                 pool: pool_dir.clone(),
                 kubelet: kubelet_dir.clone(),
+                lvm_devices: lvm_devices.clone(),
             };
             let driver = volumes::socket::Driver::dial(&cli.csi_socket, TIMEOUT).await;
             let listing = volumes::local::gather(&places, &driver).await?;

@@ -1,22 +1,18 @@
 //! Each volume of this node with all that can be known of it: from the driver's records, its socket, its pool and the
 //! kernel's mount table. Nothing is changed.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use keelway_csi::LOCAL_DRIVER;
-use keelway_csi::model::{BackendKind, Content, Record, Snapshot, SnapshotId, State, VolumeId};
-use keelway_csi::sys::loopdev::LoopDevice;
+use keelway_csi::model::{BackendKind, Content, Record, Snapshot, State, VolumeId};
+use keelway_csi::request::inline_name;
 use keelway_csi::sys::mountinfo::{self, Mount};
 
 use super::socket::{Driver, Health};
-
-/// The pool's own mark.
-const MARK: &str = ".keelway-pool";
+use super::storage::{Device, Storage, entries};
 
 /// How long what looks like an orphan is looked at: a volume that is just being made or removed looks like one for a moment.
 const MOMENT: Duration = Duration::from_secs(1);
@@ -30,6 +26,8 @@ pub struct Places {
     pub pool: PathBuf,
     /// The kubelet's directory.
     pub kubelet: PathBuf,
+    /// The devices of the volume group, as the driver was given them; else LVM looks at all but loop devices.
+    pub lvm_devices: Vec<PathBuf>,
 }
 
 /// One volume.
@@ -102,47 +100,43 @@ pub async fn gather(places: &Places, driver: &Driver) -> Result<Listing> {
 
 fn look(places: &Places) -> Result<Listing> {
     let mut orphans = Vec::new();
-    let files = pool(&places.pool)?;
+    let storage = Storage::look(places)?;
     let mut records = records(&places.state.join("volumes"), Record::parse, &mut orphans)?;
     records.sort_by_key(|record| record.seq);
     let snapshots = self::records(&places.state.join("snapshots"), Snapshot::parse, &mut orphans)?;
     let mounts = mountinfo::read()?;
     let known: Vec<&str> =
         records.iter().map(|r| r.id.as_str()).chain(snapshots.iter().map(|s| s.id.as_str())).collect();
-    for (name, file) in &files {
-        if !known.contains(&stem(name)) {
-            orphans.push(unknown(name, file)?);
-        }
-    }
-    orphans.extend(captured(&mounts, &places.kubelet, &known));
+    orphans.extend(storage.unknown(&known)?);
+    orphans.extend(snapshots.iter().filter_map(|snapshot| storage.missing_of(snapshot)));
+    let names: Vec<&str> = records.iter().map(|record| record.name.as_str()).collect();
+    orphans.extend(captured(&mounts, &places.kubelet, &known, &names));
     let mut volumes = Vec::new();
     for record in records {
-        let file = files.iter().find(|(name, _)| stem(name) == record.id.as_str()).map(|(_, file)| file);
-        let device = file.map(device).transpose()?.flatten();
+        let device = storage.device(&record)?;
+        let file = storage.file(record.id.as_str()).map(|(name, _)| name);
         let places: Vec<Place> = mounts
             .iter()
             .filter(|mount| mount.target.starts_with(&places.kubelet))
-            .filter(|mount| is_of(mount, &record, device.as_ref()))
+            .filter(|mount| is_of(mount, &record, file, device.as_ref()))
             .map(|mount| Place { path: mount.target.clone(), pod: pod(&mount.target, &places.kubelet) })
             .collect();
-        if let (Some(device), true, Content::Filesystem(_)) = (&device, places.is_empty(), record.content) {
+        // Other devices than loop devices are there all the time.
+        if let (Some(device), true, Content::Filesystem(_), BackendKind::Image) =
+            (&device, places.is_empty(), record.content, record.parameters.backend)
+        {
             orphans.push(Orphan {
-                what: format!("{} of volume {}", device.path().display(), record.id),
+                what: format!("{} of volume {}", device.path.display(), record.id),
                 why: "attached, and mounted nowhere that can be seen from here: somebody else holds it, as a mount \
                       namespace that captured it; it goes with its last holder"
                     .to_owned(),
             });
         }
-        if file.is_none() && in_pool(record.parameters.backend) {
-            orphans.push(Orphan {
-                what: format!("the record of volume {}", record.id),
-                why: "its storage is not in the pool: somebody removed it, and its data are lost".to_owned(),
-            });
-        }
+        orphans.extend(storage.missing(&record));
         volumes.push(Volume {
-            allocated: file.map(|file| file.blocks() * 512),
+            allocated: storage.allocated(&record),
             used: None,
-            device: device.map(|device| device.path()),
+            device: device.map(|device| device.path),
             snapshots: snapshots.iter().filter(|snapshot| snapshot.volume == record.id).cloned().collect(),
             health: None,
             places,
@@ -151,29 +145,6 @@ fn look(places: &Places) -> Result<Listing> {
     }
     orphans.sort();
     Ok(Listing { volumes, orphans })
-}
-
-/// Whether a volume's storage is in the pool.
-fn in_pool(backend: BackendKind) -> bool {
-    match backend {
-        BackendKind::Image | BackendKind::Btrfs | BackendKind::Directory => true,
-        BackendKind::Raw | BackendKind::Lvm | BackendKind::LvmThin => false,
-    }
-}
-
-/// What is in the pool, but for its mark.
-fn pool(path: &Path) -> Result<BTreeMap<String, fs::Metadata>> {
-    let mut files = BTreeMap::new();
-    for entry in entries(path)? {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        // Removed since: no orphan.
-        if let Ok(file) = entry.metadata()
-            && name != MARK
-        {
-            files.insert(name, file);
-        }
-    }
-    Ok(files)
 }
 
 fn records<T>(path: &Path, parse: impl Fn(&str) -> Result<T, String>, orphans: &mut Vec<Orphan>) -> Result<Vec<T>> {
@@ -195,47 +166,17 @@ fn records<T>(path: &Path, parse: impl Fn(&str) -> Result<T, String>, orphans: &
     Ok(records)
 }
 
-fn entries(path: &Path) -> Result<Vec<fs::DirEntry>> {
-    match fs::read_dir(path) {
-        Ok(entries) => Ok(entries.flatten().collect()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error).with_context(|| path.display().to_string()),
-    }
-}
-
-/// The id that a name in the pool begins with.
-fn stem(name: &str) -> &str {
-    name.split_once('.').map_or(name, |(stem, _)| stem)
-}
-
-fn unknown(name: &str, file: &fs::Metadata) -> Result<Orphan> {
-    let attached = device(file)?.map(|device| format!(", attached as {}", device.path().display()));
-    let what = format!("{name} in the pool, {} bytes{}", file.blocks() * 512, attached.unwrap_or_default());
-    let why = if stem(name).parse::<VolumeId>().is_ok() {
-        "a volume's, by its name, and no record names it, as after the state directory was replaced; the driver removes nothing \
-         that it has no record of. When no PersistentVolume has this id as its volumeHandle, it can be removed"
-    } else if stem(name).parse::<SnapshotId>().is_ok() {
-        "a snapshot's, by its name, and no record names it; the driver removes nothing that it has no record of. When no \
-         VolumeSnapshotContent has this id as its snapshotHandle, it can be removed"
-    } else {
-        "not made by the driver, which leaves it alone; it takes room that volumes could have"
-    };
-    Ok(Orphan { what, why: why.to_owned() })
-}
-
-/// The loop device that a file of the pool is attached as.
-fn device(file: &fs::Metadata) -> Result<Option<LoopDevice>> {
-    match file.is_file() {
-        true => Ok(LoopDevice::find(file.dev(), file.ino())?),
-        false => Ok(None),
-    }
-}
-
-fn is_of(mount: &Mount, record: &Record, device: Option<&LoopDevice>) -> bool {
+fn is_of(mount: &Mount, record: &Record, file: Option<&str>, device: Option<&Device>) -> bool {
     if let Some(device) = device {
-        return mount.dev == device.dev() || mount.is_node(&device.root()) || Path::new(&mount.source) == device.path();
+        return device.is_at(mount);
     }
-    // Without a device of its own it is known by the kubelet's paths.
+    if record.content == Content::Tree
+        && let Some(name) = file
+    {
+        // Its name is an id of ours, which nothing else on this machine has.
+        return mount.root.file_name().is_some_and(|root| root == name);
+    }
+    // Where its storage is gone, it is known by the kubelet's paths.
     let path = mount.target.to_string_lossy();
     path.ends_with(&format!("/kubernetes.io~csi/{}/mount", record.name))
         || handle(&mount.target).is_some_and(|handle| handle == record.id.as_str())
@@ -249,11 +190,15 @@ fn handle(target: &Path) -> Option<String> {
 }
 
 /// Mounts that the kubelet says are ours, of volumes that no record names.
-fn captured(mounts: &[Mount], kubelet: &Path, known: &[&str]) -> Vec<Orphan> {
+fn captured(mounts: &[Mount], kubelet: &Path, known: &[&str], names: &[&str]) -> Vec<Orphan> {
     let below = mounts.iter().filter(|mount| mount.target.starts_with(kubelet));
     let ours = below.filter_map(|mount| handle(&mount.target).map(|handle| (mount, handle)));
-    // Inline volumes have handles of the kubelet's making.
-    let lost = ours.filter(|(_, handle)| handle.parse::<VolumeId>().is_ok() && !known.contains(&handle.as_str()));
+    // Inline volumes have handles of the kubelet's making, by which the driver names them.
+    let is_lost = |handle: &str| match inline_name(handle) {
+        Some(name) => !names.contains(&name.as_str()),
+        None => handle.parse::<VolumeId>().is_ok() && !known.contains(&handle),
+    };
+    let lost = ours.filter(|(_, handle)| is_lost(handle));
     lost.map(|(mount, handle)| Orphan {
         what: format!("the mount at {}", mount.target.display()),
         why: format!("of volume {handle}, which no record names; it goes with its pod"),
@@ -285,6 +230,9 @@ pub fn is_blank(record: &Record) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use keelway_csi::model::SnapshotId;
+
+    use super::super::storage::MARK;
     use super::*;
 
     #[test]
@@ -305,7 +253,12 @@ mod tests {
         for name in [format!("{volume}.img"), format!("{snapshot}.snap"), "core".into(), MARK.into()] {
             fs::write(dir.path().join(name), "x").unwrap();
         }
-        let places = Places { state: dir.path().join("none"), pool: dir.path().into(), kubelet: dir.path().into() };
+        let places = Places {
+            state: dir.path().join("none"),
+            pool: dir.path().into(),
+            kubelet: dir.path().into(),
+            lvm_devices: Vec::new(),
+        };
         let listing = look(&places).unwrap();
         assert!(listing.volumes.is_empty());
         let words: Vec<_> = listing.orphans.iter().map(|orphan| orphan.why.split(',').next().unwrap()).collect();

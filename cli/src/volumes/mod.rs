@@ -3,6 +3,7 @@
 pub mod local;
 pub mod show;
 pub mod socket;
+pub mod storage;
 
 use std::path::Path;
 use std::time::Duration;

@@ -32,7 +32,7 @@ pub fn table(listing: &Listing, driver: &Volumes) -> String {
     page += &section("Mounts", &["VOLUME", "AT"], places);
     let snapshots = listing.volumes.iter().flat_map(|volume| {
         let line = |snapshot: &keelway_csi::model::Snapshot| {
-            vec![snapshot.name.clone(), label(volume), size(snapshot.size), snapshot.id.to_string()]
+            vec![one_line(&snapshot.name), label(volume), size(snapshot.size), snapshot.id.to_string()]
         };
         volume.snapshots.iter().map(line)
     });
@@ -70,7 +70,7 @@ fn row(volume: &Volume) -> Vec<String> {
     pods.dedup();
     vec![
         record.claim.clone().unwrap_or_else(|| "-".into()),
-        record.name.clone(),
+        one_line(&record.name),
         record.parameters.backend.as_str().to_owned(),
         shape(volume),
         size(record.size),
@@ -92,8 +92,13 @@ fn shape(volume: &Volume) -> String {
     if is_blank(&volume.record) { format!("{shape}, unused") } else { shape.to_owned() }
 }
 
+/// A name may have tabs and ends of lines.
+fn one_line(name: &str) -> String {
+    name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
 fn label(volume: &Volume) -> String {
-    volume.record.claim.clone().unwrap_or_else(|| volume.record.name.clone())
+    volume.record.claim.clone().unwrap_or_else(|| one_line(&volume.record.name))
 }
 
 /// In the largest binary unit of which there is at least one.
@@ -175,6 +180,16 @@ mod tests {
         let line = "  shop/data-db-0  pvc-1   image    ext4  64Mi  1.5Mi          0  good    shop/db-0";
         assert!(page.lines().any(|found| found == line), "{line:?} is missing from\n{page}");
         assert!(page.ends_with("Problems\n  none\n") && is_well(&listing(), &Volumes::NoDriver));
+    }
+
+    #[test]
+    fn a_name_takes_one_line() {
+        let mut listing = listing();
+        listing.volumes[0].record.claim = None;
+        let before = table(&listing, &Volumes::NoDriver).lines().count();
+        listing.volumes[0].record.name = "a\tb\nc".into();
+        let page = table(&listing, &Volumes::NoDriver);
+        assert!(page.lines().count() == before && page.contains("a\u{fffd}b\u{fffd}c"), "{page}");
     }
 
     #[test]

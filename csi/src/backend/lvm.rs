@@ -18,8 +18,8 @@ use crate::state::Store;
 use crate::sys::block;
 use crate::sys::lvm::{self, Logical, Lvm, Mapped};
 
-/// What every volume of ours carries.
-const OURS: &str = "keelway";
+/// The tag that every volume of ours carries.
+pub const OURS: &str = "keelway";
 /// What a volume is called that new room of another one comes from.
 const ROOM: &str = "room";
 

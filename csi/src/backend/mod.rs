@@ -12,7 +12,7 @@ mod tree;
 pub use btrfs::Subvolumes;
 pub use directory::Directories;
 pub use image::Images;
-pub use lvm::{LogicalVolumes, LvmPlace};
+pub use lvm::{LogicalVolumes, LvmPlace, OURS as LVM_TAG};
 pub use pool::Pool;
 pub use raw::Devices;
 

@@ -158,6 +158,49 @@ impl Lvm {
     }
 }
 
+/// A logical volume that carries the driver's tag, of whichever group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tagged {
+    /// Its group.
+    pub group: String,
+    /// Its name in the group.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// All logical volumes that carry a tag, without taking a lock: for who only looks. `None` where LVM is not installed.
+///
+/// # Errors
+/// [`Error::Lvm`], [`Error::Corrupt`], [`Error::Io`].
+pub fn tagged(tag: &str, devices: &[PathBuf]) -> Result<Option<Vec<Tagged>>> {
+    let Some(lvm) = mkfs::find("lvm") else { return Ok(None) };
+    let fields = "vg_name,lv_name,lv_size,lv_tags";
+    let output = Command::new(&lvm)
+        .args(["lvs", "--readonly", "--reportformat", "json", "--units", "b", "--nosuffix", "--options", fields])
+        .args(fixed(devices))
+        .env_clear()
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .env("LC_ALL", "C")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .output()
+        .context(|| format!("run {}", lvm.display()))?;
+    if !output.status.success() {
+        let output = format!("{}: {}", output.status, mkfs::end_of(&output.stderr));
+        return Err(Error::Lvm { command: "lvs", output });
+    }
+    let rows = rows(&String::from_utf8_lossy(&output.stdout));
+    let rows = rows.map_err(|why| Error::Corrupt { path: "lvs".into(), why })?;
+    Ok(Some(rows.iter().filter_map(|row| tagged_row(row, tag)).collect()))
+}
+
+fn tagged_row(row: &BTreeMap<String, String>, tag: &str) -> Option<Tagged> {
+    let has = row.get("lv_tags")?.split(',').any(|other| other == tag);
+    let (group, name) = (row.get("vg_name")?.clone(), row.get("lv_name")?.clone());
+    Some(Tagged { group, name, size: row.get("lv_size")?.parse().ok()? }).filter(|_| has)
+}
+
 /// The first arguments of each command.
 fn fixed(devices: &[PathBuf]) -> Vec<String> {
     if devices.is_empty() {
@@ -270,6 +313,14 @@ mod tests {
             r#"{"report": [{"vg": [{"vg_name":"data", "vg_uuid":"a-b", "vg_extent_size":"4194304", "vg_free":"0"}]}]}"#;
         assert_eq!(group(&rows(vgs).unwrap()[0]), Some(Group { uuid: "ab".into(), extent: 4 << 20, free: 0 }));
         assert!(rows(r#"{"report": [{"lv": []}]}"#).unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_drivers_volumes_are_known_by_their_tag() {
+        let all = rows(&LVS.replace("\"vg_uuid\"", "\"vg_name\":\"data\", \"vg_uuid\"")).unwrap();
+        let found: Vec<_> = all.iter().filter_map(|row| tagged_row(row, "keelway")).collect();
+        assert_eq!(found, [Tagged { group: "data".into(), name: "kwl-1".into(), size: 32 << 20 }]);
+        assert!(all.iter().all(|row| tagged_row(row, "keel").is_none()));
     }
 
     #[test]

@@ -27,6 +27,17 @@ pub struct Driver {
     group: Option<(&'static str, String)>,
 }
 
+/// The driver as it was built: of this package, or beside the test of another one.
+fn built() -> std::ffi::OsString {
+    if let Some(program) = option_env!("CARGO_BIN_EXE_keelway-csi") {
+        return program.into();
+    }
+    let test = std::env::current_exe().expect("the path of this test");
+    let program = test.ancestors().nth(2).expect("a directory of programs").join("keelway-csi");
+    assert!(program.exists(), "no {}: cargo build -p keelway-csi", program.display());
+    program.into()
+}
+
 /// What LVM must not do in a test: wait for a udev that may not be there.
 const LVM: &str = "activation{udev_sync=0 udev_rules=0 monitoring=0} backup{archive=0 backup=0}";
 
@@ -176,7 +187,7 @@ impl Driver {
         assert!(self.child.is_none());
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
         // Elsewhere than it was built, as on another kernel.
-        let program = std::env::var_os("KEELWAY_CSI").unwrap_or_else(|| env!("CARGO_BIN_EXE_keelway-csi").into());
+        let program = std::env::var_os("KEELWAY_CSI").unwrap_or_else(built);
         let child = Command::new(program)
             .args(["--mode", "all", "--driver", "local", "--node-name", "node1"])
             .arg("--endpoint")

@@ -117,8 +117,9 @@ const SUITES: &[Suite] = &[
         // The driver on real loop devices, and killed at every system call that changes something.
         name: "volumes",
         command: &[
-            "cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-csi", "--test=volumes", "--test=codes", "--test=hangs", "--test=crash",
-            "--", "--ignored", "--show-output",
+            "cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-csi", "--package=keelway-cli",
+            "--test=volumes", "--test=codes", "--test=hangs", "--test=crash", "--test=local_volumes", "--", "--ignored",
+            "--show-output",
         ],
         judge: Judge::Libtest,
         needs: &[],
