@@ -345,35 +345,38 @@ fn connections_live_on_while_their_backend_drains_and_new_ones_go_elsewhere() {
     let c = s.pod(2, "c", &[]).unwrap();
     let spec = node_port("TCP", &json!({}));
     s.put_service("np", &spec, &json!({}), &[Backend::pod(&s, &b)]).unwrap();
-    let (node, service) = (at(s.node(1).v4, 30080), vip(false, 80));
-    eventually("served", || ask_from(&s.lab.outside, &[&node]), |report| report.answered() == 1);
+    let both = [false, true].map(|v6| (at(of(s.node(1), v6), 30080), vip(v6, 80)));
+    for (node, _) in &both {
+        eventually("served", || ask_from(&s.lab.outside, &[node]), |report| report.answered() == 1);
+    }
     let probe = sh::own("keelway-probe").unwrap().display().to_string();
     let args = |target: &str| ["flow", target, "--seconds", "5", "--rate", "50"].map(ToOwned::to_owned);
     let flows: Vec<Flowed> = std::thread::scope(|scope| {
-        let words = args(&node);
-        let outside = scope.spawn({
-            let (probe, words, s) = (&probe, words, &s);
-            move || -> Flowed {
+        let mut flows = Vec::new();
+        for (node, service) in &both {
+            let (words, s, a, probe) = (args(node), &s, &a, &probe);
+            flows.push(scope.spawn(move || -> Flowed {
                 let argv = [vec![probe.clone()], words.to_vec()].concat();
                 serde_json::from_str(&s.lab.outside.run(&argv).unwrap()).unwrap()
+            }));
+            for past in [false, true] {
+                let words = args(service);
+                flows.push(scope.spawn(move || -> Flowed {
+                    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+                    if past { s.probe_past_sockets(a, &words).unwrap() } else { s.probe(a, &words).unwrap() }
+                }));
             }
-        });
-        let flow = |past: bool| {
-            let (words, s, a) = (args(&service), &s, &a);
-            scope.spawn(move || -> Flowed {
-                let words: Vec<&str> = words.iter().map(String::as_str).collect();
-                if past { s.probe_past_sockets(a, &words).unwrap() } else { s.probe(a, &words).unwrap() }
-            })
-        };
-        let (sockets, packets) = (flow(false), flow(true));
+        }
         std::thread::sleep(Duration::from_millis(1500));
         let draining = [Backend::pod(&s, &b).terminating(true), Backend::pod(&s, &c)];
         s.put_service("np", &spec, &json!({}), &draining).unwrap();
-        eventually("moved", || ask_from(&s.lab.outside, &[&node]), |report| report.answers.contains_key("c"));
-        answered_by(&ask_from(&s.lab.outside, &[&node, "--count", "30"]), &["c"]);
-        answered_by(&s.probe(&a, &["ask", &service, "--count", "30"]).unwrap(), &["c"]);
-        answered_by(&s.probe_past_sockets(&a, &["ask", &service, "--count", "30"]).unwrap(), &["c"]);
-        [outside, sockets, packets].map(|flow| flow.join().unwrap()).into()
+        for (node, service) in &both {
+            eventually("moved", || ask_from(&s.lab.outside, &[node]), |report| report.answers.contains_key("c"));
+            answered_by(&ask_from(&s.lab.outside, &[node, "--count", "30"]), &["c"]);
+            answered_by(&s.probe(&a, &["ask", service, "--count", "30"]).unwrap(), &["c"]);
+            answered_by(&s.probe_past_sockets(&a, &["ask", service, "--count", "30"]).unwrap(), &["c"]);
+        }
+        flows.into_iter().map(|flow| flow.join().unwrap()).collect()
     });
     for flow in flows {
         assert_eq!((flow.lost(), flow.failures.len()), (0, 0), "{flow:?}");
@@ -381,9 +384,13 @@ fn connections_live_on_while_their_backend_drains_and_new_ones_go_elsewhere() {
     }
     // Nobody is ready: those on their way out that still serve are better than nobody.
     s.put_service("np", &spec, &json!({}), &[Backend::pod(&s, &b).terminating(true)]).unwrap();
-    eventually("back", || ask_from(&s.lab.outside, &[&node]), |report| report.answers.contains_key("b"));
+    for (node, _) in &both {
+        eventually("back", || ask_from(&s.lab.outside, &[node]), |report| report.answers.contains_key("b"));
+    }
     s.put_service("np", &spec, &json!({}), &[Backend::pod(&s, &b).terminating(false)]).unwrap();
-    eventually("refused", || ask_from(&s.lab.outside, &[&node]), |report| report.failures.contains_key("refused"));
+    for (node, _) in &both {
+        eventually("refused", || ask_from(&s.lab.outside, &[node]), |report| report.failures.contains_key("refused"));
+    }
 }
 
 #[test]
@@ -394,21 +401,27 @@ fn connected_datagram_sockets_leave_a_backend_that_left() {
     let c = s.pod(1, "c", &[]).unwrap();
     let spec = node_port("UDP", &json!({}));
     s.put_service("np", &spec, &json!({}), &[Backend::pod(&s, &b)]).unwrap();
-    let (node, service) = (at(s.node(1).v4, 30080), vip(false, 80));
-    eventually("served", || ask_from(&s.lab.outside, &[&node, "--udp"]), |report| report.answered() == 1);
+    let both = [false, true].map(|v6| (at(of(s.node(1), v6), 30080), vip(v6, 80)));
+    for (node, _) in &both {
+        eventually("served", || ask_from(&s.lab.outside, &[node, "--udp"]), |report| report.answered() == 1);
+    }
     let probe = sh::own("keelway-probe").unwrap().display().to_string();
     let flows: Vec<Flowed> = std::thread::scope(|scope| {
-        let outside = scope.spawn(|| -> Flowed {
-            let argv = [probe.as_str(), "flow", &node, "--udp", "--seconds", "5", "--rate", "50"];
-            serde_json::from_str(&s.lab.outside.run(&argv).unwrap()).unwrap()
-        });
-        let pod = scope.spawn(|| -> Flowed {
-            s.probe(&a, &["flow", &service, "--udp", "--seconds", "5", "--rate", "50"]).unwrap()
-        });
+        let mut flows = Vec::new();
+        for (node, service) in &both {
+            let (s, a, probe) = (&s, &a, &probe);
+            flows.push(scope.spawn(move || -> Flowed {
+                let argv = [probe.as_str(), "flow", node, "--udp", "--seconds", "5", "--rate", "50"];
+                serde_json::from_str(&s.lab.outside.run(&argv).unwrap()).unwrap()
+            }));
+            flows.push(scope.spawn(move || -> Flowed {
+                s.probe(a, &["flow", service, "--udp", "--seconds", "5", "--rate", "50"]).unwrap()
+            }));
+        }
         std::thread::sleep(Duration::from_millis(1500));
         // It leaves the Service and lives on: nothing but the Service's change can tell the sockets.
         s.put_service("np", &spec, &json!({}), &[Backend::pod(&s, &c)]).unwrap();
-        vec![outside.join().unwrap(), pod.join().unwrap()]
+        flows.into_iter().map(|flow| flow.join().unwrap()).collect()
     });
     for flow in flows {
         assert_eq!((flow.lost(), flow.failures.len()), (0, 0), "{flow:?}");
@@ -432,36 +445,50 @@ fn the_hosts_sockets_are_ended_when_their_backend_is_gone() {
     udp["clusterIP"] = json!(other[0]);
     udp["clusterIPs"] = json!(other);
     s.put_service("udp", &udp, &json!({}), &[Backend::pod(&s, &b)]).unwrap();
-    let (tcp_at, udp_at) = (vip(false, 80), at(other[0].parse::<IpAddr>().unwrap(), 80));
-    eventually("served", || s.probe_on_node(1, &["ask", &tcp_at]).unwrap(), |report| report.answered() == 1);
-    eventually("served", || s.probe_on_node(1, &["ask", &udp_at, "--udp"]).unwrap(), |report| report.answered() == 1);
-    let direct = at(b.address(false), 8080);
+    let both = [false, true].map(|v6| {
+        let udp_at = at(other[usize::from(v6)].parse::<IpAddr>().unwrap(), 80);
+        (vip(v6, 80), udp_at, at(b.address(v6), 8080))
+    });
+    for (tcp_at, udp_at, _) in &both {
+        eventually("served", || s.probe_on_node(1, &["ask", tcp_at]).unwrap(), |report| report.answered() == 1);
+        eventually(
+            "served",
+            || s.probe_on_node(1, &["ask", udp_at, "--udp"]).unwrap(),
+            |report| report.answered() == 1,
+        );
+    }
     let flow = |target: &str, udp: bool| -> Flowed {
         let mut args = vec!["flow", target, "--seconds", "12", "--rate", "20"];
         args.extend(udp.then_some("--udp"));
         s.probe_on_node(1, &args).unwrap()
     };
-    let (stream, datagrams, unconcerned) = std::thread::scope(|scope| {
-        let stream = scope.spawn(|| flow(&tcp_at, false));
-        let datagrams = scope.spawn(|| flow(&udp_at, true));
-        // Somebody who dialled the pod itself, and whose answers stop with it: nothing of a Service.
-        let unconcerned = scope.spawn(|| flow(&direct, true));
+    let seen: Vec<[Flowed; 3]> = std::thread::scope(|scope| {
+        let flow = &flow;
+        // The last one dialled the pod itself, and its answers stop with it: nothing of a Service.
+        let begin = |(tcp_at, udp_at, direct)| {
+            [(tcp_at, false), (udp_at, true), (direct, true)].map(|(at, udp)| scope.spawn(move || flow(at, udp)))
+        };
+        let flows = both.each_ref().map(|(tcp_at, udp_at, direct)| begin((tcp_at, udp_at, direct)));
         std::thread::sleep(Duration::from_secs(2));
         s.put_service("udp", &udp, &json!({}), &[Backend::pod(&s, &c)]).unwrap();
         s.put_service("tcp", &spec("TCP"), &json!({}), &[Backend::pod(&s, &c)]).unwrap();
         // Left the Service, and lives: the connection goes on.
         std::thread::sleep(Duration::from_secs(4));
         s.remove_pod(&b).unwrap();
-        (stream.join().unwrap(), datagrams.join().unwrap(), unconcerned.join().unwrap())
+        flows.into_iter().map(|three| three.map(|flow| flow.join().unwrap())).collect()
     });
-    assert!(datagrams.failures.values().sum::<u64>() >= 1, "{datagrams:?}");
-    assert!(datagrams.answered < 100, "{datagrams:?}");
-    assert_eq!(stream.failures.values().sum::<u64>(), 1, "{stream:?}");
-    assert!((90..180).contains(&stream.answered), "{stream:?}");
-    assert!(unconcerned.sent > 200, "{unconcerned:?}");
+    for [stream, datagrams, unconcerned] in &seen {
+        assert!(datagrams.failures.values().sum::<u64>() >= 1, "{datagrams:?}");
+        assert!(datagrams.answered < 100, "{datagrams:?}");
+        assert_eq!(stream.failures.values().sum::<u64>(), 1, "{stream:?}");
+        assert!((90..180).contains(&stream.answered), "{stream:?}");
+        assert!(unconcerned.sent > 200, "{unconcerned:?}");
+    }
     // The next one is served.
-    answered_by(&s.probe_on_node(1, &["ask", &tcp_at]).unwrap(), &["c"]);
-    answered_by(&s.probe_on_node(1, &["ask", &udp_at, "--udp"]).unwrap(), &["c"]);
+    for (tcp_at, udp_at, _) in &both {
+        answered_by(&s.probe_on_node(1, &["ask", tcp_at]).unwrap(), &["c"]);
+        answered_by(&s.probe_on_node(1, &["ask", udp_at, "--udp"]).unwrap(), &["c"]);
+    }
 }
 
 /// Two Services have one backend, and one of them goes on without it: that one's sockets go elsewhere, the other's stay.
@@ -503,11 +530,20 @@ fn a_node_port_is_taken_for_the_host_and_free_for_pods() {
     let node = at(s.node(1).v4, 30080);
     eventually("served", || ask_from(&s.lab.outside, &[&node]), |report| report.answered() == 1);
     let probe = sh::own("keelway-probe").unwrap().display().to_string();
-    let taken = s.node(1).exec(&["timeout", "5", &probe, "serve", "--port", "30080"]).unwrap();
-    assert!(String::from_utf8_lossy(&taken.stderr).contains("Address already in use"), "{taken:?}");
-    // Another port is free, and so is this one inside of a pod.
-    let free = s.node(1).exec(&["timeout", "2", &probe, "serve", "--port", "30081"]).unwrap();
-    assert_eq!(free.status.code(), Some(124), "{free:?}");
-    let free = s.exec(&b, &["timeout", "2", "keelway-probe", "serve", "--port", "30080"]).unwrap();
-    assert!(!free.stderr.contains("in use"), "{free:?}");
+    let (v4, v6) = (s.node(1).v4.to_string(), s.node(1).v6.to_string());
+    for address in ["::", "0.0.0.0", &v4, &v6] {
+        let serve = |port: &str, patience: &str| {
+            let argv = ["timeout", patience, &probe, "serve", "--port", port, "--address", address];
+            s.node(1).exec(&argv).unwrap()
+        };
+        let taken = serve("30080", "5");
+        assert!(String::from_utf8_lossy(&taken.stderr).contains("Address already in use"), "{address}: {taken:?}");
+        // Another port is free, and so is this one inside of a pod.
+        assert_eq!(serve("30081", "1").status.code(), Some(124), "{address}");
+    }
+    for address in ["::", "0.0.0.0"] {
+        let serve = ["timeout", "1", "keelway-probe", "serve", "--port", "30080", "--address", address];
+        let free = s.exec(&b, &serve).unwrap();
+        assert!(!free.stderr.contains("in use"), "{address}: {free:?}");
+    }
 }

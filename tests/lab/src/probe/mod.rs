@@ -27,6 +27,9 @@ pub enum Probe {
         /// The port, of each transport.
         #[arg(long, default_value_t = 8080)]
         port: u16,
+        /// The address; all of both families if not given.
+        #[arg(long, default_value = "::")]
+        address: IpAddr,
         /// What to call itself; the host name if not given.
         #[arg(long)]
         name: Option<String>,
@@ -213,7 +216,9 @@ fn failure(error: &std::io::Error) -> String {
 pub fn run(probe: &Probe) -> Result<()> {
     match probe {
         Probe::Pause => pause::pause(),
-        Probe::Serve { port, name, one_by_one } => serve::serve(*port, name.as_deref(), *one_by_one),
+        Probe::Serve { port, address, name, one_by_one } => {
+            serve::serve((*address, *port).into(), name.as_deref(), *one_by_one)
+        }
         Probe::Ask(wanted) => print(&ask::ask(wanted)),
         Probe::Flow(wanted) => print(&flow::flow(wanted)?),
         Probe::Watch(wanted) => print(&watch::watch(wanted)?),
@@ -227,6 +232,8 @@ fn print(report: &impl Serialize) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use super::*;
 
     #[test]
@@ -240,7 +247,7 @@ mod tests {
     #[test]
     fn counts_answers_refusals_and_a_whole_flow() {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        std::thread::spawn(move || serve::serve(port, Some("me"), false));
+        std::thread::spawn(move || serve::serve((Ipv6Addr::UNSPECIFIED, port).into(), Some("me"), false));
         let target: SocketAddr = format!("127.0.0.1:{port}").parse().unwrap();
         let ask = |udp, unconnected| {
             ask::ask(&Ask { target, udp, sctp: false, unconnected, count: 5, rate: 0, timeout: 1000, log: false })

@@ -1,6 +1,6 @@
 //! The server: says who it is and whom it sees.
 use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -9,12 +9,11 @@ use nix::sys::signal::{SigSet, Signal};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Serves until SIGTERM. (As a pod's first process it would ignore that signal without saying so.)
-pub(super) fn serve(port: u16, name: Option<&str>, one_by_one: bool) -> Result<()> {
+pub(super) fn serve(all: SocketAddr, name: Option<&str>, one_by_one: bool) -> Result<()> {
     let stop: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
     stop.thread_block()?;
     let name = name
         .map_or_else(|| nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned(), str::to_owned);
-    let all = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
     let tcp = TcpListener::bind(all).with_context(|| format!("listening on {all}"))?;
     let udp = UdpSocket::bind(all).with_context(|| format!("binding {all}"))?;
     let for_udp = name.clone();

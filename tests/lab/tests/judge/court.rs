@@ -13,7 +13,7 @@ use keelway_lab::sh::{self, wait_for};
 use keelway_lab::{Host, Lab, Node, Process, plugin};
 use serde_json::json;
 
-use crate::wish::{SERVERS, Wish, whereabouts};
+use crate::wish::{PORTS, SERVERS, Wish, whereabouts};
 
 /// Of a Service that is changed last: once its newest port answers, all is in force, or is being written in the same batch.
 const MARK: [&str; 2] = ["10.96.9.9", "fd00:10:96::9:9"];
@@ -199,11 +199,13 @@ impl Court {
             plain_pod(far, name, addresses[name])?;
         }
         let probe = own("keelway-probe")?;
-        let serve = |name: &&'static str| {
+        let serve = |(name, port): (&'static str, u16)| {
             let node = if whereabouts(name).1 == "near" { lab.node(1) } else { far };
-            node.spawn(name, &["ip", "netns", "exec", name, &probe, "serve", "--name", name])
+            let (log, port) = (format!("{name}-{port}"), port.to_string());
+            node.spawn(&log, &["ip", "netns", "exec", name, &probe, "serve", "--name", name, "--port", &port])
         };
-        let servers = SERVERS.iter().map(serve).collect::<Result<_>>()?;
+        let all = SERVERS.iter().flat_map(|name| PORTS.map(|port| (*name, port)));
+        let servers = all.map(serve).collect::<Result<_>>()?;
         Ok(Self { api, addresses, _servers: servers, proxy, lab })
     }
 

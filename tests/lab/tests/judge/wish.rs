@@ -29,6 +29,9 @@ impl Random {
 /// The pods that serve; `l` on the node that is asked, `r` on the other.
 pub const SERVERS: [&str; 4] = ["l1", "l2", "r1", "r2"];
 
+/// Where each of them listens.
+pub const PORTS: [u16; 2] = [8080, 8081];
+
 /// A Service and its endpoints.
 #[derive(Clone, Debug)]
 pub struct Wish {
@@ -40,6 +43,8 @@ pub struct Wish {
     pub affinity: bool,
     ranges: Option<[&'static str; 2]>,
     ip_mode: &'static str,
+    /// It has a second port: of the same servers, under another number in the second slice than in the first.
+    two_ports: bool,
     endpoints: Vec<Endpoint>,
 }
 
@@ -50,6 +55,8 @@ struct Endpoint {
     conditions: [Option<bool>; 3],
     zone_hint: Option<&'static str>,
     node_hint: Option<&'static str>,
+    /// In which of the two slices of a family it is; it may be in both.
+    slices: [bool; 2],
 }
 
 /// The zone of a server, and the name of its node.
@@ -69,6 +76,7 @@ impl Wish {
             affinity: false,
             ranges: None,
             ip_mode: "VIP",
+            two_ports: false,
             endpoints: Vec::new(),
         };
         wish.change(random);
@@ -88,6 +96,7 @@ impl Wish {
             Some(["192.0.2.0/24", "2001:db8:9::/64"]),
         ]);
         self.ip_mode = random.of(&["VIP", "VIP", "Proxy"]);
+        self.two_ports = random.percent(40);
         let (zones, nodes, whole) = (random.percent(25), random.percent(20), random.percent(80));
         self.endpoints = SERVERS
             .into_iter()
@@ -109,6 +118,7 @@ impl Wish {
                     conditions: conditions.map(|condition| (!random.percent(20)).then_some(condition)),
                     zone_hint: (zones && hinted).then_some(zone),
                     node_hint: (nodes && hinted).then_some(node),
+                    slices: random.of(&[[true, false], [true, false], [false, true], [true, true]]),
                 }
             })
             .collect();
@@ -133,10 +143,17 @@ impl Wish {
         30_100 + self.number
     }
 
-    /// The Service and a slice a family, where the servers are at `address`.
+    fn second_node_port(&self) -> u16 {
+        30_200 + self.number
+    }
+
+    /// The Service and two slices a family, where the servers are at `address`.
     pub fn objects(&self, address: impl Fn(&str, bool) -> IpAddr) -> Vec<Value> {
         let name = format!("s{}", self.number);
-        let mut port = json!({"name": "p", "protocol": self.protocol, "port": 80, "targetPort": 8080});
+        let mut ports = vec![json!({"name": "p", "protocol": self.protocol, "port": 80, "targetPort": 8080})];
+        if self.two_ports {
+            ports.push(json!({"name": "q", "protocol": self.protocol, "port": 81, "targetPort": "q"}));
+        }
         let mut spec = json!({
             "type": self.kind, "clusterIP": self.addresses(0)[0], "clusterIPs": self.addresses(0),
             "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack", "internalTrafficPolicy": self.internal,
@@ -150,7 +167,9 @@ impl Wish {
         }
         let mut status = json!({"loadBalancer": {}});
         if self.kind != "ClusterIP" {
-            port["nodePort"] = json!(self.node_port());
+            for (port, number) in ports.iter_mut().zip([self.node_port(), self.second_node_port()]) {
+                port["nodePort"] = json!(number);
+            }
         }
         if self.kind == "LoadBalancer" {
             let ingress = self.addresses(2).map(|ip| json!({"ip": ip, "ipMode": self.ip_mode}));
@@ -162,17 +181,23 @@ impl Wish {
                 spec["healthCheckNodePort"] = json!(31_100 + self.number);
             }
         }
-        spec["ports"] = json!([port]);
+        spec["ports"] = json!(ports);
         let mut all = vec![
             json!({"kind": "Service", "metadata": {"name": name, "namespace": "default"}, "spec": spec, "status": status}),
         ];
-        for (v6, family) in [(false, "IPv4"), (true, "IPv6")] {
+        for (v6, number) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
+            let family = if v6 { "IPv6" } else { "IPv4" };
+            let endpoints = self.endpoints.iter().filter(|endpoint| endpoint.slices[number]);
             let endpoints: Vec<Value> =
-                self.endpoints.iter().map(|endpoint| endpoint.object(address(endpoint.server, v6))).collect();
+                endpoints.map(|endpoint| endpoint.object(address(endpoint.server, v6))).collect();
+            let mut ports = vec![json!({"name": "p", "protocol": self.protocol, "port": PORTS[0]})];
+            if self.two_ports {
+                ports.push(json!({"name": "q", "protocol": self.protocol, "port": PORTS[number]}));
+            }
             all.push(json!({"kind": "EndpointSlice", "addressType": family,
-                "metadata": {"name": format!("{name}-{family}").to_lowercase(), "namespace": "default",
+                "metadata": {"name": format!("{name}-{number}-{family}").to_lowercase(), "namespace": "default",
                     "labels": {"kubernetes.io/service-name": name}},
-                "ports": [{"name": "p", "protocol": self.protocol, "port": 8080}], "endpoints": endpoints}));
+                "ports": ports, "endpoints": endpoints}));
         }
         all
     }
@@ -185,10 +210,16 @@ impl Wish {
                 let mut ask = |place| all.push(Question { client, place, v6, udp: self.protocol == "UDP" });
                 if client != Client::Outside {
                     ask(Place::At(self.addresses(0)[usize::from(v6)], 80));
+                    if self.two_ports {
+                        ask(Place::At(self.addresses(0)[usize::from(v6)], 81));
+                    }
                 }
                 ask(Place::At(self.addresses(1)[usize::from(v6)], 80));
                 if self.kind != "ClusterIP" {
                     ask(Place::NodePort(self.node_port()));
+                    if self.two_ports && client == Client::Outside {
+                        ask(Place::NodePort(self.second_node_port()));
+                    }
                 }
                 // What a load balancer is to see itself is not ours to take.
                 if self.kind == "LoadBalancer" && self.ip_mode == "VIP" {
