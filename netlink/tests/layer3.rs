@@ -3,11 +3,13 @@
 mod common;
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use common::Ns;
 use ipnet::IpNet;
 use keelway_netlink::{
-    AddressOptions, Handle, Neighbour, PROTOCOL_KEELWAY, Route, RouteFilter, RouteScope, TABLE_MAIN, Veth,
+    AddressMonitor, AddressOptions, Handle, Neighbour, PROTOCOL_KEELWAY, Route, RouteFilter, RouteScope, TABLE_MAIN,
+    Veth,
 };
 use nix::errno::Errno;
 
@@ -62,6 +64,34 @@ async fn addresses_come_and_go() {
     assert!(!ns.json("addr show dev kwa").to_string().contains("fd00:9::7"));
     assert!(handle.replace_address(9999, net("10.9.0.8/32"), ONCE).await.unwrap_err().is_absent());
     assert_eq!(handle.addresses(Some(9999)).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn addresses_are_told_of_when_they_come_and_go() {
+    let (ns, _handle, _index) = with_pair().await;
+    let runtime = tokio::runtime::Handle::current();
+    let netns = ns.open();
+    let opened = netns.run(move || {
+        let _entered = runtime.enter();
+        AddressMonitor::open()
+    });
+    let mut monitor = opened.await.unwrap();
+    for address in ["10.9.0.7/32", "fd00:9::7/128"] {
+        for verb in ["add", "del"] {
+            // Of others it says nothing, also while they change.
+            ns.ip("addr add 10.7.0.1/32 dev kwb");
+            ns.ip("addr del 10.7.0.1/32 dev kwb");
+            ns.ip(&format!("addr {verb} {address} dev kwa"));
+            let wanted = net(address).addr();
+            let told = tokio::time::timeout(Duration::from_secs(5), monitor.changed(|it| *it == wanted)).await;
+            assert_eq!(told, Ok(true), "{verb} {address}");
+            // What IPv6 says more of it (that it is nobody else's) is over by the time that it is silent.
+            while tokio::time::timeout(Duration::from_millis(1500), monitor.changed(|_| true)).await.is_ok() {}
+        }
+    }
+    ns.ip("addr add 10.7.0.1/32 dev kwb");
+    let silent = tokio::time::timeout(Duration::from_millis(200), monitor.changed(|it| *it == ip("10.7.0.2"))).await;
+    assert!(silent.is_err(), "{silent:?}");
 }
 
 #[tokio::test]

@@ -297,5 +297,23 @@ fn load_balancers_dashboards_and_people_see_what_kube_proxy_shows() {
         Ok(())
     })
     .unwrap();
+
+    // The API server lets ports through that are none: what of a Service's slices is not in force, its Events tell.
+    let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+        metadata: {name: a-1, labels: {kubernetes.io/service-name: a}}\n\
+        ports: [{port: 0}]\nendpoints: [{addresses: [10.244.1.10]}]\n";
+    api.create(slice).unwrap();
+    wait_for("an Event of the slice", SOON, || {
+        let found = events(&api, "keelway-agent")?;
+        let told = |event: &&Value| {
+            summary(event)[1] == "ServiceNotWhollyInForce"
+                && summary(event)[4] == "a"
+                && event["note"].as_str().is_some_and(|note| note.contains("EndpointSlice a-1: ports[].port: \"0\""))
+        };
+        ensure!(found.iter().any(|event| told(&event)), "{found:?}");
+        Ok(())
+    })
+    .unwrap();
+    assert!(status().contains("EndpointSlice a-1"), "{}", status());
     agent.stop(Signal::SIGTERM).unwrap();
 }
