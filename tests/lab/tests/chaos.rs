@@ -1,6 +1,7 @@
 //! Endpoints that flap a hundred times a second for a minute under load, with the agent killed in the middle: every request is
 //! answered, by a backend that was allowed while it ran, or had been shortly before.
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -14,7 +15,7 @@ use keelway_lab::{Lab, Node, Process, plugin};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-const VIP: &str = "10.96.0.50";
+const VIPS: [&str; 2] = ["10.96.0.50", "fd00:10:96::50"];
 const NODE_PORT: u16 = 30_080;
 const SERVERS: [&str; 4] = ["s1", "s2", "s3", "s4"];
 const SECONDS: u64 = 60;
@@ -49,24 +50,24 @@ fn start_agent(node: &Node, kubeconfig: &str) -> Process {
 
 fn service() -> Value {
     json!({"kind": "Service", "metadata": {"name": "flap", "namespace": "default"},
-        "spec": {"type": "NodePort", "clusterIP": VIP, "clusterIPs": [VIP],
+        "spec": {"type": "NodePort", "clusterIP": VIPS[0], "clusterIPs": VIPS, "ipFamilies": ["IPv4", "IPv6"],
             "ports": [{"name": "tcp", "protocol": "TCP", "port": 80, "nodePort": NODE_PORT},
                 {"name": "udp", "protocol": "UDP", "port": 80, "nodePort": NODE_PORT}]}})
 }
 
 /// What has left is gone, or on its way out and still serving: neither may be chosen.
-fn slice(node: &str, addresses: &[String; 4], allowed: [bool; 4], leave: bool) -> Value {
+fn slice(node: &str, addresses: &[[IpAddr; 2]; 4], allowed: [bool; 4], leave: bool, v6: bool) -> Value {
     let endpoints: Vec<Value> = addresses
         .iter()
         .zip(allowed)
         .filter(|(_, allowed)| *allowed || !leave)
-        .map(|(address, allowed)| {
-            json!({"addresses": [address], "nodeName": node,
+        .map(|(addresses, allowed)| {
+            json!({"addresses": [addresses[usize::from(v6)]], "nodeName": node,
                 "conditions": {"ready": allowed, "serving": true, "terminating": !allowed}})
         })
         .collect();
-    json!({"kind": "EndpointSlice", "addressType": "IPv4",
-        "metadata": {"name": "flap-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "flap"}},
+    json!({"kind": "EndpointSlice", "addressType": if v6 { "IPv6" } else { "IPv4" },
+        "metadata": {"name": if v6 { "flap-6" } else { "flap-4" }, "namespace": "default", "labels": {"kubernetes.io/service-name": "flap"}},
         "ports": [{"name": "tcp", "protocol": "TCP", "port": 8080}, {"name": "udp", "protocol": "UDP", "port": 8080}],
         "endpoints": endpoints})
 }
@@ -100,10 +101,23 @@ enum From {
     Outside,
 }
 
-fn ask(lab: &Lab, from: From, udp: bool) -> Result<Asked> {
+/// By which way it asks.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    from: From,
+    udp: bool,
+    v6: bool,
+}
+
+fn ask(lab: &Lab, Way { from, udp, v6 }: Way) -> Result<Asked> {
     let node = lab.node(1);
     let probe = own("keelway-probe");
-    let target = if from == From::Outside { format!("{}:{NODE_PORT}", node.v4) } else { format!("{VIP}:80") };
+    let own: IpAddr = if v6 { node.v6.into() } else { node.v4.into() };
+    let target = match from {
+        From::Outside => SocketAddr::new(own, NODE_PORT),
+        _ => SocketAddr::new(VIPS[usize::from(v6)].parse()?, 80),
+    };
+    let target = target.to_string();
     let (count, rate) = ((SECONDS * RATE).to_string(), RATE.to_string());
     let mut args = vec![&*probe, "ask", &target, "--count", &count, "--rate", &rate, "--timeout", "5000", "--log"];
     args.extend(udp.then_some("--udp"));
@@ -139,8 +153,8 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
     api.put([
         json!({"kind": "Namespace", "metadata": {"name": "default"}}),
         json!({"kind": "Node", "metadata": {"name": node.name},
-            "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]},
-            "status": {"addresses": [{"type": "InternalIP", "address": node.v4.to_string()}]}}),
+            "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"]},
+            "status": {"addresses": [{"type": "InternalIP", "address": node.v4}, {"type": "InternalIP", "address": node.v6}]}}),
         service(),
     ])
     .unwrap();
@@ -150,7 +164,10 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
     let add = |name: &str| {
         let answer = plugin::call(node, "ADD", name, "default", name, &format!("uid-{name}")).unwrap();
         assert!(answer.ok, "{answer:?}");
-        answer.address().unwrap()
+        [0, 1].map(|index| -> IpAddr {
+            let text = answer.json["ips"][index]["address"].as_str().unwrap_or_else(|| panic!("{answer:?}"));
+            text.split('/').next().unwrap().parse().unwrap()
+        })
     };
     add("client");
     let addresses = SERVERS.map(add);
@@ -161,19 +178,14 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
     let mut history = Allowed::default();
     let began = now();
     (0..4).for_each(|which| history.change(which, true, began, began));
-    api.put([slice(&node.name, &addresses, allowed, true)]).unwrap();
-    let ways = [
-        (From::Pod, false),
-        (From::Pod, true),
-        (From::PodPastSockets, false),
-        (From::PodPastSockets, true),
-        (From::Host, false),
-        (From::Host, true),
-        (From::Outside, false),
-        (From::Outside, true),
-    ];
+    api.put([false, true].map(|v6| slice(&node.name, &addresses, allowed, true, v6))).unwrap();
+    // Everybody by both families, and each transport by both.
+    let ways = [(From::Pod, false), (From::PodPastSockets, true), (From::Host, false), (From::Outside, true)];
+    let ways = ways.map(|(from, v6)| [Way { from, udp: false, v6 }, Way { from, udp: true, v6: !v6 }]);
+    let ways: Vec<Way> = ways.into_iter().flatten().collect();
     wait_for("the Service from everywhere", Duration::from_secs(20), || {
-        let target = format!("{VIP}:80");
+        // The slices came in this order.
+        let target = format!("[{}]:80", VIPS[1]);
         let argv = ["ip", "netns", "exec", "client", &probe, "ask", &target, "--count", "8"];
         let asked: Asked = serde_json::from_str(&node.run(&argv)?)?;
         ensure!(asked.answered() == 8, "{asked:?}");
@@ -183,14 +195,11 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
 
     let over = AtomicBool::new(false);
     let (asked, outage, changes) = thread::scope(|scope| {
-        let clients: Vec<_> = ways
-            .map(|(from, udp)| {
-                scope.spawn({
-                    let lab = &lab;
-                    move || ask(lab, from, udp).unwrap_or_else(|error| panic!("{from:?}: {error:?}"))
-                })
-            })
-            .into();
+        let clients = ways.iter().map(|way| {
+            let lab = &lab;
+            scope.spawn(move || ask(lab, *way).unwrap_or_else(|error| panic!("{way:?}: {error:?}")))
+        });
+        let clients: Vec<_> = clients.collect();
         let kubeconfig = &kubeconfig;
         let killed = scope.spawn(move || {
             thread::sleep(Duration::from_secs(SECONDS / 2));
@@ -219,7 +228,8 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
                     let which = (0..4).map(|step| (random as usize + step) % 4).find(fits).unwrap();
                     allowed[which] = !allowed[which];
                     let began = now();
-                    api.put([slice(&node.name, addresses, *allowed, random & 256 != 0)]).unwrap();
+                    let leave = random & 256 != 0;
+                    api.put([false, true].map(|v6| slice(&node.name, addresses, *allowed, leave, v6))).unwrap();
                     history.change(which, allowed[which], began, now());
                 }
                 (number, start.elapsed())
@@ -242,10 +252,10 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
     let bound = u64::try_from(BOUND.as_micros()).unwrap();
     let mut problems = Vec::new();
     let (mut steady, mut meanwhile) = (Vec::new(), Vec::new());
-    for ((from, udp), asked) in ways.iter().zip(&asked) {
+    for (way, asked) in ways.iter().zip(&asked) {
         let mut by: BTreeMap<&str, u64> = BTreeMap::new();
         for request in &asked.log {
-            let way = format!("{from:?}, UDP {udp}, {} ms after the start", (request.begin - began) / 1000);
+            let way = format!("{way:?}, {} ms after the start", (request.begin - began) / 1000);
             let who = match &request.outcome {
                 Ok(who) => who,
                 Err(failure) => {
@@ -266,7 +276,7 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
             }
             if away { &mut meanwhile } else { &mut steady }.push(Duration::from_micros(late));
         }
-        println!("{from:?}, UDP {udp}: {} asked, answered by {by:?}, latency {:?} us", asked.tried, asked.latency);
+        println!("{way:?}: {} asked, answered by {by:?}, latency {:?} us", asked.tried, asked.latency);
         assert_eq!((asked.tried, asked.log.len() as u64), (SECONDS * RATE, SECONDS * RATE));
         assert_eq!(by.len(), 4, "all backends have answered: {by:?}");
     }
