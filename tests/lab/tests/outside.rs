@@ -48,6 +48,11 @@ fn services(node: &str, here: &str) -> String {
         balancer("lb", 32100),
         slice("lb", "IPv4", &["10.244.1.10", "10.244.1.11"], here),
         slice("lb", "IPv6", &["fd00:10:244:1::10"], node),
+        // One of them twice, and one that is not ready: neither counts.
+        slice("lb", "IPv4", &["10.244.1.10"], here).replace("name: lb-ipv4", "name: lb-again"),
+        slice("lb", "IPv4", &["10.244.1.12"], here)
+            .replace("name: lb-ipv4", "name: lb-unready")
+            .replace("true", "false"),
         balancer("taken", 32101),
         external("a"),
         external("b"),

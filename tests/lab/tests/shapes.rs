@@ -444,3 +444,35 @@ fn entries_that_cannot_be_used_are_named_and_the_rest_is_in_force() {
     })
     .unwrap();
 }
+
+#[test]
+fn an_address_that_two_services_want_has_one_of_them_and_then_the_other() {
+    let Some(site) = Site::new(1) else { return };
+    let [b, c] = ["b", "c"].map(|name| [Backend::pod(&site.s, &site.s.pod(1, name, &[]).unwrap())]);
+    let nothing = json!({});
+    let put = |name: &str, vips: [&str; 2], external: [&str; 2], backends: &[Backend]| {
+        let spec = plain(&json!({"clusterIP": vips[0], "clusterIPs": vips, "externalIPs": external}));
+        site.put(name, &nothing, &spec, &nothing, &[(one_port(), backends)]);
+    };
+    let others = ["10.96.0.11", "fd00:10:96::11"];
+    // By name, whoever came first; and by what the address is to them before that.
+    put("late", others, EXTERNAL, &c);
+    site.served(&ALL, EXTERNAL, 80, &[], &["c"]);
+    put("early", VIPS, EXTERNAL, &b);
+    site.served(&ALL, EXTERNAL, 80, &[], &["b"]);
+    put("early", VIPS, others, &b);
+    site.served(&ALL, EXTERNAL, 80, &[], &["c"]);
+    site.served(&INSIDE, others, 80, &[], &["c"]);
+    let said = |of: &str| site.keelway(&["services", of])["services"][0]["problems"].to_string();
+    assert!(said("early").contains("default/late's") && said("late") == "[]", "{} {}", said("early"), said("late"));
+    // Whose it was goes: the other has it.
+    site.s.remove_file("service-late").unwrap();
+    site.served(&INSIDE, others, 80, &[], &["b"]);
+    site.silent(&ALL, EXTERNAL, 80);
+    wait_for("all to be well", SOON, || {
+        let said = said("early");
+        anyhow::ensure!(said == "[]", "{said}");
+        Ok(())
+    })
+    .unwrap();
+}

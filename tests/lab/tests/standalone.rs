@@ -156,11 +156,13 @@ fn services_spread_over_their_backends_and_refuse_without_any() {
     }
     // A backend that leaves gets nothing more.
     s.service("tcp", VIPS, "TCP", 80, &[&c]).unwrap();
-    eventually(
-        "without b",
-        || s.probe(&a, &["ask", &vip(false, 80), "--count", "50"]).unwrap(),
-        |report| report.answers.keys().eq(["c"]) && report.failures.is_empty(),
-    );
+    for v6 in [false, true] {
+        eventually(
+            "without b",
+            || s.probe(&a, &["ask", &vip(v6, 80), "--count", "50"]).unwrap(),
+            |report| report.answers.keys().eq(["c"]) && report.failures.is_empty(),
+        );
+    }
 }
 
 const DENY_ALL: &str = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: deny, namespace: default}\n\
