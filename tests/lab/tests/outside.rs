@@ -74,12 +74,12 @@ fn get(lab: &Lab, url: &str) -> Result<(u16, BTreeMap<String, String>, String)> 
     Ok((status, headers.filter(|(name, _)| kept.contains(&name.as_str())).collect(), body.to_owned()))
 }
 
-/// Every series by name, names of its labels, and bound, where it has one.
-fn series(node: &Node) -> Result<BTreeSet<String>> {
+/// Every series whose name begins so, by the rest of it, names of its labels, and bound, where it has one.
+fn series(node: &Node, prefix: &str) -> Result<BTreeSet<String>> {
     let text = node.run(&["curl", "-sf", &format!("http://{METRICS}/metrics")])?;
     let one_back_end = ["nftables_", "conntrack_reconciler_"];
-    let lines =
-        text.lines().filter(|line| line.starts_with("kubeproxy_") && !one_back_end.iter().any(|it| line.contains(it)));
+    let lines = text.lines().filter_map(|line| line.strip_prefix(prefix));
+    let lines = lines.filter(|line| !one_back_end.iter().any(|it| line.contains(it)));
     let series = lines.map(|line| {
         let (name, labels) =
             line.rsplit_once(' ').map_or((line, ""), |(series, _)| series.split_once('{').unwrap_or((series, "")));
@@ -233,7 +233,7 @@ fn load_balancers_dashboards_and_people_see_what_kube_proxy_shows() {
 
     let mut proxy = kube::proxy(&lab, &api, "nftables", false);
     let theirs = story(&lab, &api);
-    let their_series = series(node).unwrap();
+    let their_series = series(node, "kubeproxy_").unwrap();
     let taken = |events: &[Value]| {
         let port = events.iter().find(|event| summary(event)[1] == "FailedToStartServiceHealthcheck");
         port.map(|event| summary(event).map(str::to_owned))
@@ -283,11 +283,14 @@ fn load_balancers_dashboards_and_people_see_what_kube_proxy_shows() {
 
     let ours = story(&lab, &api);
     assert_eq!(ours, theirs);
-    let our_series = series(node).unwrap();
+    let our_series = series(node, "kubeproxy_").unwrap();
     let missing: Vec<_> = their_series.difference(&our_series).collect();
     assert!(missing.is_empty() && their_series.len() > 100, "of {}: {missing:#?}", their_series.len());
     let more: Vec<_> = our_series.difference(&their_series).collect();
     assert!(more.is_empty(), "{more:#?}");
+    let by_our_name = series(node, "keelway_").unwrap();
+    let missing: Vec<_> = their_series.difference(&by_our_name).collect();
+    assert!(missing.is_empty(), "{missing:#?}");
     // However often the port was tried: one Event, and few of all.
     let written = events(&api, "keelway-agent").unwrap();
     let about = written.iter().filter(|event| summary(event)[4] == "taken").count();
