@@ -260,6 +260,12 @@ async fn what_a_backend_cannot_is_a_wrong_argument() {
             let create = csi::CreateVolumeRequest { mutable_parameters: readahead(), ..create("m", MIB, &kind, class) };
             assert_eq!(code(controller.create_volume(create).await), Code::InvalidArgument);
         }
+        if name == "raw" {
+            let capacity_range = Some(csi::CapacityRange { required_bytes: 128 * MIB, limit_bytes: 0 });
+            let volume_id = calls.id.clone();
+            let grow = csi::ControllerExpandVolumeRequest { volume_id, capacity_range, ..Default::default() };
+            assert_eq!(code(controller.controller_expand_volume(grow).await), Code::OutOfRange, "in use or not");
+        }
         let nothing = csi::ControllerModifyVolumeRequest { volume_id: calls.id.clone(), ..Default::default() };
         assert_eq!(code(controller.controller_modify_volume(nothing).await), Code::InvalidArgument);
         assert_eq!(delete(&driver, &calls).await, Code::Ok);
@@ -387,6 +393,12 @@ async fn a_group_goes_as_a_whole_and_is_named_as_a_whole() {
     let request = csi::GetMetadataAllocatedRequest { snapshot_id: base, max_results: -1, ..Default::default() };
     assert_eq!(code(metadata.get_metadata_allocated(request).await), Code::InvalidArgument);
 
+    // One that fails halfway is carried on with by the same call.
+    let last = taken[0].snapshots.iter().map(|it| driver.path("pool").join(format!("{}.snap", it.snapshot_id))).max();
+    let last = last.unwrap().display().to_string();
+    common::run("chattr", &["+i", &last]);
+    assert_eq!(code(groups.delete_volume_group_snapshot(drop(0, ids(0))).await), Code::Internal);
+    common::run("chattr", &["-i", &last]);
     for n in 0..2 {
         for _ in 0..2 {
             assert_eq!(code(groups.delete_volume_group_snapshot(drop(n, ids(n))).await), Code::Ok);

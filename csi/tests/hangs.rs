@@ -58,6 +58,12 @@ async fn a_device_that_cannot_even_be_opened_is_not_free() {
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     // Only the first one waited.
     let (start, before) = (Instant::now(), threads(&driver));
+    let mut many = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let mut controller = driver.controller().await;
+        many.spawn(async move { controller.get_capacity(csi::GetCapacityRequest::default()).await.map(drop) });
+    }
+    assert!(many.join_all().await.into_iter().all(|answer| answer.is_ok()));
     for _ in 0..50 {
         assert_eq!(capacity(&driver).await, 64 * MIB);
         let request = csi::NodeGetStorageHealthRequest::default();
@@ -151,7 +157,13 @@ async fn what_takes_long_at_one_target_holds_up_no_other() {
     let calls = made(&driver, "pvc-1", 64, &kind, &[]).await;
     driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
     driver.node().await.node_publish_volume(calls.publish()).await.unwrap();
-    fs::write(format!("{}/data", calls.target), "x").unwrap();
+    // What its device completes is seen: a call that waits long meanwhile does not wait for a disk that hangs.
+    let completed = || keelway_csi::sys::block::completed(driver.loops()[0].dev()).unwrap();
+    let before = completed();
+    let file = fs::File::create(format!("{}/data", calls.target)).unwrap();
+    file.set_len(4096).and_then(|()| file.sync_all()).unwrap();
+    assert!(completed() > before, "{before}");
+    drop(file);
     // A second pod, to whose group all is given first; meanwhile the filesystem is held still, so that nothing goes on.
     let mut capability = kind.clone();
     let Some(AccessType::Mount(options)) = &mut capability.access_type else { unreachable!() };

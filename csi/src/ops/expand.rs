@@ -14,7 +14,7 @@ impl Volumes {
     /// Makes a volume's storage larger, in use or not, and says whether the node has to do its part.
     ///
     /// # Errors
-    /// [`Error::NoSuchVolume`], [`Error::OutOfRange`], [`Error::NoSpace`], [`Error::Unsupported`], [`Error::Io`].
+    /// [`Error::NoSuchVolume`], [`Error::Invalid`], [`Error::OutOfRange`], [`Error::NoSpace`], [`Error::Io`].
     pub fn expand(&self, request: &Expand) -> Result<(u64, bool)> {
         let record = self.records.get(&request.id)?;
         if let Some(usage) = &request.usage {
@@ -35,8 +35,10 @@ impl Volumes {
         }
         let backend = self.backend_of(&record)?;
         if !backend.features().expand {
-            let why = "its volumes have the size that they were made with".into();
-            return Err(Error::Unsupported { what: "expand", backend: backend.kind().as_str(), why });
+            // Not FAILED_PRECONDITION, by which callers would take it that it can grow when it is not in use.
+            let why =
+                format!("volumes of the {} backend keep the size that they were made with", backend.kind().as_str());
+            return Err(Error::OutOfRange { wanted: to, why });
         }
         let to = to.next_multiple_of(backend.granule());
         if most.is_some_and(|most| to > most) {

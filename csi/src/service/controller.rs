@@ -167,7 +167,7 @@ impl Controller for ControllerService {
         let (available, largest) = match asked.here && backend.is_none_or(|kind| self.0.volumes.serves(kind)) {
             true => {
                 let what = storage_of(backend.unwrap_or_default());
-                self.0.probe(&what, move |volumes| volumes.available(backend)).await?
+                self.0.look(&what, move |volumes| volumes.available(backend)).await?
             }
             false => (0, 0),
         };

@@ -1,7 +1,6 @@
 //! Findings as the interface words them.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -11,7 +10,7 @@ use super::Shared;
 use crate::csi::volume_health::VolumeHealthEntry;
 use crate::csi::{StorageHealthErrorType, VolumeHealth, VolumeHealthErrorType};
 use crate::model::{BackendKind, VolumeId};
-use crate::ops::{Finding, PATIENCE, Severity};
+use crate::ops::{Finding, Severity};
 
 /// Volumes that are looked at at a time, of all that one call asks for.
 const LOOKS: usize = 32;
@@ -19,19 +18,10 @@ const LOOKS: usize = 32;
 impl Shared {
     /// A volume's health; one that does not answer in time has just that.
     pub(super) async fn health(&self, id: &VolumeId) -> Result<VolumeHealth, Status> {
-        let start = Instant::now();
-        let findings = loop {
-            let asked = id.clone();
-            match self.probe(id.as_str(), move |volumes| volumes.health(&asked)).await {
-                // Many look at it, and come back soon or not at all.
-                Err(status) if status.code() == Code::Aborted && start.elapsed() < PATIENCE => {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-                Err(status) if [Code::Unavailable, Code::Aborted].contains(&status.code()) => {
-                    break vec![silent(&status)];
-                }
-                other => break other?,
-            }
+        let asked = id.clone();
+        let findings = match self.look(id.as_str(), move |volumes| volumes.health(&asked)).await {
+            Err(status) if [Code::Unavailable, Code::Aborted].contains(&status.code()) => vec![silent(&status)],
+            other => other?,
         };
         Ok(volume(id, findings))
     }
@@ -64,7 +54,7 @@ impl Shared {
         let mut looks = JoinSet::new();
         for kind in self.volumes.kinds() {
             let shared = self.clone();
-            looks.spawn(async move { shared.probe(&storage_of(kind), move |it| Ok(it.storage_health(kind))).await });
+            looks.spawn(async move { shared.look(&storage_of(kind), move |it| Ok(it.storage_health(kind))).await });
         }
         let mut all = Vec::new();
         while let Some(done) = looks.join_next().await {

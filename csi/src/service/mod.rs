@@ -18,8 +18,9 @@ pub use register::RegistrationService;
 pub use slots::Slots;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::error::{Error, Result};
 use crate::model::VolumeId;
@@ -111,6 +112,25 @@ impl Shared {
         match tokio::time::timeout(PATIENCE, task).await {
             Ok(outcome) => finished(outcome),
             Err(_) => Err(refuse(hung(what, PATIENCE))),
+        }
+    }
+}
+
+impl Shared {
+    /// Like [`Shared::probe`], for who may wait until others have looked.
+    async fn look<T: Send + 'static>(
+        &self,
+        what: &str,
+        act: impl Fn(&Volumes) -> Result<T> + Clone + Send + 'static,
+    ) -> std::result::Result<T, Status> {
+        let start = Instant::now();
+        loop {
+            match self.probe(what, act.clone()).await {
+                Err(status) if status.code() == Code::Aborted && start.elapsed() < PATIENCE => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                other => return other,
+            }
         }
     }
 }

@@ -125,3 +125,18 @@ pub fn ext4_errors(root: &Path) -> u64 {
     let path = format!("/sys/fs/ext4{}/errors_count", root.display());
     std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_device_has_completed() {
+        // Reads, writes, discards, flushes; their merges, sectors and times do not count, nor what is under way.
+        let stat = "   11  2 3 4   20  6 7 8   99 10 11   300 13 14 15   4000 17\n";
+        assert_eq!(requests(stat), Some(4331));
+        assert_eq!(requests("1 0 0 0 2 0 0 0 0 0 0"), Some(3), "an older kernel's");
+        assert_eq!(requests(""), None);
+        assert_eq!(requests("1 0 x 0 2 0 0 0"), None);
+    }
+}
