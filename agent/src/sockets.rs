@@ -33,6 +33,8 @@ pub struct Gone {
     pub backend: SocketAddr,
     /// IANA protocol number.
     pub proto: u8,
+    /// The number that it has in the tables.
+    pub id: u32,
 }
 
 /// Ends such sockets until the agent ends.
@@ -62,16 +64,12 @@ pub async fn run(mut gone: mpsc::UnboundedReceiver<Gone>, tables: SocketTables) 
 }
 
 /// Notes the datagram backends that are leaving, and when their sockets end; the other ones that are gone.
-fn sort(
-    gone: impl Iterator<Item = Gone>,
-    leaving: &mut BTreeMap<SocketAddr, Instant>,
-    due: Instant,
-) -> BTreeSet<SocketAddr> {
+fn sort(gone: impl Iterator<Item = Gone>, leaving: &mut BTreeMap<Gone, Instant>, due: Instant) -> BTreeSet<Gone> {
     let mut connections = BTreeSet::new();
     for one in gone {
         match one.proto {
-            UDP => _ = leaving.entry(one.backend).or_insert(due),
-            TCP => _ = connections.insert(one.backend),
+            UDP => _ = leaving.entry(one).or_insert(due),
+            TCP => _ = connections.insert(one),
             _ => {}
         }
     }
@@ -79,11 +77,11 @@ fn sort(
 }
 
 /// Connections end once their pod is known to be no more. A pod that only left the Service keeps them.
-async fn end_connections(mut backends: BTreeSet<SocketAddr>, tables: std::sync::Arc<SocketTables>) {
+async fn end_connections(mut backends: BTreeSet<Gone>, tables: std::sync::Arc<SocketTables>) {
     for wait in LOOKS {
         tokio::time::sleep(wait).await;
         let (dead, left): (BTreeSet<_>, BTreeSet<_>) =
-            backends.into_iter().partition(|backend| tables.is_no_pod(backend.ip()).unwrap_or(false));
+            backends.into_iter().partition(|one| tables.is_no_pod(one.backend.ip()).unwrap_or(false));
         if !dead.is_empty() {
             end(TCP, dead, &tables).await;
         }
@@ -94,15 +92,18 @@ async fn end_connections(mut backends: BTreeSet<SocketAddr>, tables: std::sync::
     }
 }
 
-async fn end(proto: u8, backends: BTreeSet<SocketAddr>, tables: &std::sync::Arc<SocketTables>) {
+async fn end(proto: u8, gone: BTreeSet<Gone>, tables: &std::sync::Arc<SocketTables>) {
     let tables = tables.clone();
     let done = tokio::task::spawn_blocking(move || {
-        for found in sockets::connected_to(proto, &backends)? {
+        for found in sockets::connected_to(proto, &gone.iter().map(|one| one.backend).collect())? {
             // Whoever dialled the backend itself is not ours to judge.
             let Ok(Some(dialled)) = tables.dialled(found.cookie, found.peer, proto) else { continue };
             // Another Service may have lost it, or it came back in time.
-            let is_served = proto == UDP && tables.serves(dialled, found.peer, proto).unwrap_or(true);
-            if !is_served && sockets::destroy(&found)? {
+            let keeps = |one: &Gone| {
+                one.backend == found.peer && tables.keeps(dialled, found.peer, one.id, proto).unwrap_or(true)
+            };
+            let is_kept = proto == UDP && gone.iter().any(keeps);
+            if !is_kept && sockets::destroy(&found)? {
                 tracing::info!(backend = %found.peer, proto, "ended a socket of this host: its Service's backend is gone");
             }
         }
@@ -120,11 +121,11 @@ mod tests {
     #[test]
     fn a_backend_that_leaves_twice_gets_no_more_time() {
         let at = |last: u8| SocketAddr::from(([10, 244, 0, last], 53));
-        let gone = |last, proto| Gone { backend: at(last), proto };
+        let gone = |last, proto| Gone { backend: at(last), proto, id: last.into() };
         let (mut leaving, now) = (BTreeMap::new(), Instant::now());
-        assert_eq!(sort([gone(1, UDP), gone(3, TCP)].into_iter(), &mut leaving, now), BTreeSet::from([at(3)]));
+        assert_eq!(sort([gone(1, UDP), gone(3, TCP)].into_iter(), &mut leaving, now), BTreeSet::from([gone(3, TCP)]));
         let later = now + Duration::from_secs(1);
         assert!(sort([gone(1, UDP), gone(2, UDP)].into_iter(), &mut leaving, later).is_empty());
-        assert_eq!(leaving, BTreeMap::from([(at(1), now), (at(2), later)]));
+        assert_eq!(leaving, BTreeMap::from([(gone(1, UDP), now), (gone(2, UDP), later)]));
     }
 }

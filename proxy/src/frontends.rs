@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::endpoints::{Candidate, candidates, categorise};
-use crate::model::{EndpointSlice, LoadBalancing, Service, ServicePort, TrafficPolicy};
+use crate::model::{EndpointSlice, LoadBalancing, Protocol, Service, ServicePort, TrafficPolicy};
 use crate::op::{Backend, FrontendKey, flags};
 use crate::tracker::NodeInfo;
 
@@ -48,7 +48,8 @@ pub struct Wanted {
     pub anyone: Choice,
     /// For clients outside of the cluster, where they get something else.
     pub outside: Option<Choice>,
-    /// Every endpoint that the slices still have, in whatever condition: those that are not chosen any more drain.
+    /// Endpoints that keep what they have when they are not chosen any more: all that the slices still have; for datagrams, of which
+    /// none says that a flow has ended, those that serve.
     pub known: Backends,
     /// 0: none.
     pub affinity_seconds: u32,
@@ -171,7 +172,12 @@ impl<'a> Port<'a> {
             chosen.iter().map(|c| Backend { addr: c.addr, port: c.port, proto }).collect()
         };
         let cluster = backends(&categories.cluster);
-        let known = if candidates.len() == cluster.len() { cluster.clone() } else { backends(&candidates) };
+        let mut known = candidates;
+        if port.protocol == Protocol::Udp {
+            known.retain(|candidate| candidate.endpoint.serving);
+        }
+        let known = backends(&known);
+        let known = if known == cluster { cluster.clone() } else { known };
         Self { service, port, cluster, local: backends(&categories.local), known, any: categories.any }
     }
 

@@ -41,7 +41,7 @@ mod tracker;
 pub use frontends::{Backends, Choice, FrontendKind, Wanted};
 pub use health::{HealthCheck, NoLocal};
 pub use model::ObjectName;
-pub use op::{Backend, Dump, Frontend, FrontendKey, Op, Origin, SlotKey, flags};
+pub use op::{Backend, Dump, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
 pub use simulated::{Forward, Packet, Place, Simulated, Verdict};
 pub use tables::{Conflict, Limits, Listed, Table, TableFull, Tables};
 pub use tracker::{Change, Model, NodeInfo};

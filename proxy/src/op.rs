@@ -90,7 +90,7 @@ pub mod flags {
     pub const HASHED: u32 = 128;
     /// The client's address is to reach the backend.
     pub const KEEP_SOURCE: u32 = 256;
-    /// Each backend in a slot has a member entry.
+    /// Each backend in a slot has a member entry, and of datagrams each that flows may still have.
     pub const INDEXED: u32 = 512;
     /// All of them.
     pub const ALL: u32 = 2 * INDEXED - 1;
@@ -108,6 +108,9 @@ pub struct Frontend {
     /// See [`flags`].
     pub flags: u32,
 }
+
+/// The slot of a backend that is in none.
+pub const NO_SLOT: u32 = u32::MAX;
 
 /// Key of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -157,14 +160,14 @@ pub enum Op {
         /// Backend id.
         backend: u32,
     },
-    /// The slot that holds a backend of a frontend with affinity. A look-up checks that the slot still names the backend, so
-    /// the entry may be behind its slot for a moment.
+    /// A backend of a frontend with affinity, or of datagrams, and the slot that holds it. A look-up checks that the slot still
+    /// names the backend, so the entry may be behind its slot for a moment.
     PutMember {
         /// Frontend id.
         frontend: u32,
         /// Backend id.
         backend: u32,
-        /// Slot number.
+        /// Slot number; [`NO_SLOT`] for one that keeps the datagram flows that it has and gets no new ones.
         slot: u32,
     },
     /// Removes that.

@@ -6,7 +6,8 @@ use ipnet::IpNet;
 
 use crate::frontends::{Choice, Wanted};
 use crate::maglev;
-use crate::op::{Backend, Frontend, FrontendKey, Op, Origin, SlotKey, flags};
+use crate::model::Protocol;
+use crate::op::{Backend, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
 use crate::slots::{Fill, fill};
 use crate::tables::{BackendState, State, Tables};
 
@@ -39,11 +40,11 @@ impl Tables {
     }
 
     fn put_entry(&mut self, key: FrontendKey, choice: &Choice, wanted: &Wanted, passes: bool, phases: &mut Phases) {
+        let draining = self.draining(&key, choice, wanted);
         let ids: Vec<u32> = choice.backends.iter().map(|b| self.backend_id(*b, &mut phases.grown)).collect();
         let known = self.frontends.remove(&key);
         let anew = known.as_ref().is_some_and(|old| self.starts_anew(old, choice, passes));
         let (old, retired) = if anew { (None, known) } else { (known, None) };
-        let draining = self.draining(old.as_ref().or(retired.as_ref()), &ids, &wanted.known);
         let old_value = old.as_ref().map(|old| old.value);
         let id = match old_value {
             Some(value) => value.id,
@@ -62,7 +63,10 @@ impl Tables {
 
         let Fill { slots, written, moved } = self.fill(&old, choice, &ids);
         let indexed = is_indexed(&key, wanted);
-        let members = if indexed { members(&slots, &old) } else { BTreeMap::new() };
+        let mut members = if indexed { members(&slots, &old) } else { BTreeMap::new() };
+        if key.proto == UDP {
+            members.extend(draining.iter().map(|id| (*id, NO_SLOT)));
+        }
         let flags = if indexed { choice.flags | flags::INDEXED } else { choice.flags };
         let value = Frontend { id, count: slots.len() as u32, affinity_seconds: wanted.affinity_seconds, flags };
         let state = State { value, slots, members, ranges: wanted.source_ranges.to_vec(), draining, computed: true };
@@ -127,17 +131,28 @@ impl Tables {
         Fill { slots, written, moved: Vec::new() }
     }
 
-    /// Those that the frontend had and still knows, but no longer chooses.
-    fn draining(&self, old: Option<&State>, ids: &[u32], known: &[Backend]) -> Vec<u32> {
-        let had = old.into_iter().flat_map(|old| old.distinct().into_iter().chain(old.draining.iter().copied()));
-        let is_known = |id: &u32| self.backends.get(id).is_some_and(|s| known.binary_search(&s.backend).is_ok());
-        let mut draining: Vec<u32> = had.filter(is_known).collect();
-        if !self.found_idle.is_empty() {
-            let found = known.iter().filter_map(|backend| self.backend_numbers.get(backend));
+    /// Those that the frontend's clients may have and that keep them, but are no longer chosen.
+    pub(crate) fn draining(&self, key: &FrontendKey, choice: &Choice, wanted: &Wanted) -> Vec<u32> {
+        let own = self.frontends.get(key);
+        // Datagram flows find their backend among the members of the entry that serves them now, whichever did before.
+        let other = match key.from {
+            _ if key.proto != UDP => None,
+            Origin::Outside if own.is_none() => self.frontends.get(&key.seen_from(Origin::Anyone)),
+            Origin::Anyone if wanted.outside.is_none() => self.frontends.get(&key.seen_from(Origin::Outside)),
+            _ => None,
+        };
+        let mut draining: Vec<u32> = own.into_iter().chain(other).flat_map(State::given).collect();
+        if key.proto != UDP && !self.found_idle.is_empty() {
+            let found = wanted.known.iter().filter_map(|backend| self.backend_numbers.get(backend));
             draining.extend(found.filter(|id| self.found_idle.contains(id)));
         }
-        let chosen: std::collections::BTreeSet<u32> = ids.iter().copied().collect();
-        draining.retain(|id| !chosen.contains(id));
+        draining.retain(|id| {
+            self.backends.get(id).is_some_and(|BackendState { backend, .. }| {
+                self.backend_numbers.get(backend) == Some(id)
+                    && wanted.known.binary_search(backend).is_ok()
+                    && choice.backends.binary_search(backend).is_err()
+            })
+        });
         draining.sort_unstable();
         draining.dedup();
         draining
@@ -247,10 +262,12 @@ impl Tables {
     }
 }
 
+/// IANA's number.
+pub(crate) const UDP: u8 = Protocol::Udp.number();
+
 /// Whether it is asked which backends are a frontend's: of those that clients stay with, and of datagrams, of which none says that
 /// it begins a flow.
 pub(crate) fn is_indexed(key: &FrontendKey, wanted: &Wanted) -> bool {
-    const UDP: u8 = 17;
     wanted.affinity_seconds > 0 || key.proto == UDP
 }
 

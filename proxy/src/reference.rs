@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::model::{EndpointSlice, Service, ServicePort, SliceEndpoint, TrafficPolicy};
+use crate::model::{EndpointSlice, ObjectName, Service, ServicePort, SliceEndpoint, TrafficPolicy};
 use crate::op::Backend;
 use crate::simulated::{Forward, Packet, Place, Verdict};
 use crate::tracker::NodeInfo;
@@ -19,14 +19,59 @@ enum Dialled {
     NodePort,
 }
 
+/// Whose an address and port is.
+enum Owner<'a> {
+    Port(&'a Service, &'a ServicePort, Dialled),
+    /// Another port of a Service's address.
+    OtherPort,
+    Nobody,
+}
+
 /// What a packet should meet on this node. `keep_last` has no place here: it depends on the past.
 pub fn verdict(node: &NodeInfo, services: &[Service], slices: &[EndpointSlice], packet: &Packet) -> Verdict {
-    // Dialling the unspecified address is dialling oneself.
-    let addr = match packet.addr.to_canonical() {
-        IpAddr::V4(addr) if addr.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(addr) if addr.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
-        addr => addr,
-    };
+    match owner(node, services, packet) {
+        Owner::Port(service, port, dialled) => restricted(node, service, port, slices, packet, dialled),
+        Owner::OtherPort => Verdict::Refuse,
+        Owner::Nobody => Verdict::NotAService,
+    }
+}
+
+/// Whether a datagram flow stays with the backend that it has: while new ones may have it, and while a slice of that very Service
+/// port has it serving, whatever policies, hints and source ranges say. (`CleanStaleEntries` in kubernetes/kubernetes,
+/// pkg/proxy/conntrack/cleanup.go.)
+pub fn keeps(
+    node: &NodeInfo,
+    services: &[Service],
+    slices: &[EndpointSlice],
+    packet: &Packet,
+    backend: &Backend,
+) -> bool {
+    let Owner::Port(service, port, dialled) = owner(node, services, packet) else { return false };
+    let ipv6 = destination(packet).is_ipv6();
+    let known = known(service, port, slices, ipv6);
+    let (chosen, _) = choose(node, service, port, slices, is_local(service, packet, dialled), ipv6);
+    known.iter().any(|(known, endpoint)| known == backend && endpoint.serving)
+        || chosen.is_some_and(|chosen| chosen.contains(backend))
+}
+
+/// Whether the traffic policy for such a packet looks at this node only.
+fn is_local(service: &Service, packet: &Packet, dialled: Dialled) -> bool {
+    match dialled {
+        Dialled::ClusterIp => service.internal_traffic_policy == TrafficPolicy::Local,
+        _ => service.external_traffic_policy == TrafficPolicy::Local && packet.place == Place::Outside,
+    }
+}
+
+/// Which Service port a packet dials.
+pub fn service_port(node: &NodeInfo, services: &[Service], packet: &Packet) -> Option<(ObjectName, String)> {
+    match owner(node, services, packet) {
+        Owner::Port(service, port, _) => Some((service.name.clone(), port.name.clone())),
+        _ => None,
+    }
+}
+
+fn owner<'a>(node: &NodeInfo, services: &'a [Service], packet: &Packet) -> Owner<'a> {
+    let addr = destination(packet);
     let ipv6 = addr.is_ipv6();
     let in_family = |s: &&Service| s.cluster_ips.iter().any(|ip| ip.is_ipv6() == ipv6);
     let mut owners: Vec<&Service> = services.iter().filter(|s| s.is_served()).filter(in_family).collect();
@@ -43,7 +88,7 @@ pub fn verdict(node: &NodeInfo, services: &[Service], slices: &[EndpointSlice], 
         };
         for service in owners.iter().filter(|_| takeable).filter(has) {
             if let Some(port) = service.ports.iter().rev().find(is_port) {
-                return restricted(node, service, port, slices, packet, dialled, ipv6);
+                return Owner::Port(service, port, dialled);
             }
         }
     }
@@ -51,19 +96,28 @@ pub fn verdict(node: &NodeInfo, services: &[Service], slices: &[EndpointSlice], 
     let own: Vec<bool> = node.addresses.iter().filter(|(own, _)| *own == addr).map(|(_, only)| *only).collect();
     if !own.is_empty() {
         if own.iter().all(|host_only| *host_only) && packet.place != Place::Host {
-            return Verdict::NotAService;
+            return Owner::Nobody;
         }
         let is_port =
             |p: &&ServicePort| p.node_port == packet.port && p.node_port != 0 && p.protocol.number() == packet.proto;
         for service in &owners {
             if let Some(port) = service.ports.iter().rev().find(is_port) {
-                return restricted(node, service, port, slices, packet, Dialled::NodePort, ipv6);
+                return Owner::Port(service, port, Dialled::NodePort);
             }
         }
-        return Verdict::NotAService;
+        return Owner::Nobody;
     }
     let refuse = takeable && owners.iter().any(|s| s.cluster_ips.contains(&addr));
-    if refuse { Verdict::Refuse } else { Verdict::NotAService }
+    if refuse { Owner::OtherPort } else { Owner::Nobody }
+}
+
+/// Dialling the unspecified address is dialling oneself.
+fn destination(packet: &Packet) -> IpAddr {
+    match packet.addr.to_canonical() {
+        IpAddr::V4(addr) if addr.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(addr) if addr.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        addr => addr,
+    }
 }
 
 /// Source ranges, before anything else.
@@ -74,8 +128,8 @@ fn restricted(
     slices: &[EndpointSlice],
     packet: &Packet,
     dialled: Dialled,
-    ipv6: bool,
 ) -> Verdict {
+    let ipv6 = destination(packet).is_ipv6();
     if let (Dialled::LoadBalancerIp, Some(ranges)) = (dialled, &service.source_ranges) {
         let listed = ranges.iter().any(|range| range.contains(&packet.client));
         // A node that holds the balancer's address itself dials from it.
@@ -87,10 +141,7 @@ fn restricted(
             return Verdict::Forbidden;
         }
     }
-    let local = match dialled {
-        Dialled::ClusterIp => service.internal_traffic_policy == TrafficPolicy::Local,
-        _ => service.external_traffic_policy == TrafficPolicy::Local && packet.place == Place::Outside,
-    };
+    let local = is_local(service, packet, dialled);
     let (chosen, somewhere) = choose(node, service, port, slices, local, ipv6);
     match chosen {
         Some(backends) => Verdict::Forward(Forward {
@@ -103,15 +154,13 @@ fn restricted(
     }
 }
 
-/// The endpoints that serve, and whether any node has some that could.
-fn choose(
-    node: &NodeInfo,
+/// The endpoints that slices have for a Service port, in whatever condition.
+fn known<'a>(
     service: &Service,
     port: &ServicePort,
-    slices: &[EndpointSlice],
-    local: bool,
+    slices: &'a [EndpointSlice],
     ipv6: bool,
-) -> (Option<BTreeSet<Backend>>, bool) {
+) -> Vec<(Backend, &'a SliceEndpoint)> {
     let ours = |s: &&EndpointSlice| s.name.namespace == service.name.namespace && s.service == service.name.name;
     let mut all: Vec<(Backend, &SliceEndpoint)> = Vec::new();
     let mut slices: Vec<&EndpointSlice> = slices.iter().filter(ours).collect();
@@ -133,17 +182,30 @@ fn choose(
     }
     // The same backend told of twice: the record that says ready counts, then one that says terminating but serving,
     // else the first.
-    let leaving = |e: &SliceEndpoint| !e.ready && e.serving && e.terminating;
     let backends: BTreeSet<Backend> = all.iter().map(|(backend, _)| *backend).collect();
-    let known: Vec<(Backend, &SliceEndpoint)> = backends
-        .into_iter()
-        .filter_map(|backend| {
-            let records: Vec<&SliceEndpoint> = all.iter().filter(|(b, _)| *b == backend).map(|(_, e)| *e).collect();
-            let best = records.iter().find(|e| e.ready).or_else(|| records.iter().find(|e| leaving(e)));
-            Some((backend, *best.or(records.first())?))
-        })
-        .collect();
+    let records = |backend| {
+        let records: Vec<&SliceEndpoint> = all.iter().filter(|(b, _)| *b == backend).map(|(_, e)| *e).collect();
+        let best = records.iter().find(|e| e.ready).or_else(|| records.iter().find(|e| leaving(e)));
+        Some((backend, *best.or(records.first())?))
+    };
+    backends.into_iter().filter_map(records).collect()
+}
 
+/// On its way out, and still answering.
+fn leaving(endpoint: &SliceEndpoint) -> bool {
+    !endpoint.ready && endpoint.serving && endpoint.terminating
+}
+
+/// The endpoints that serve, and whether any node has some that could.
+fn choose(
+    node: &NodeInfo,
+    service: &Service,
+    port: &ServicePort,
+    slices: &[EndpointSlice],
+    local: bool,
+    ipv6: bool,
+) -> (Option<BTreeSet<Backend>>, bool) {
+    let known = known(service, port, slices, ipv6);
     let here = |e: &SliceEndpoint| e.node_name.as_ref() == Some(&node.name);
     let for_node = |e: &SliceEndpoint| e.node_hints.contains(&node.name);
     let for_zone = |e: &SliceEndpoint| node.zone.as_ref().is_some_and(|zone| e.zone_hints.contains(zone));

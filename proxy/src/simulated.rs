@@ -5,7 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use crate::op::{Backend, Dump, Frontend, FrontendKey, Op, Origin, SlotKey, flags};
+use crate::op::{Backend, Dump, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
+use crate::put::UDP;
 
 /// Where a client is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -102,6 +103,13 @@ impl Simulated {
         }
     }
 
+    /// Whether the datapath lets a datagram flow of these clients to this address stay with a backend.
+    pub fn keeps(&self, packet: &Packet, backend: &Backend) -> Result<bool, String> {
+        let Ok((_, frontend)) = self.frontend(packet)? else { return Ok(false) };
+        let is_it = |id: &u32| self.backends.get(id).is_some_and(|(found, _)| found == backend);
+        Ok(self.members.keys().any(|(id, member)| *id == frontend.id && is_it(member)))
+    }
+
     /// Every backend that the datapath could pick. The error names the entry that it would miss.
     pub fn verdict(&self, packet: &Packet) -> Result<Verdict, String> {
         let found = match self.frontend(packet)? {
@@ -176,6 +184,14 @@ impl Simulated {
             }
         }
         for ((frontend, backend), slot) in &self.members {
+            if *slot == NO_SLOT {
+                let is_datagrams = self.backends.get(backend).is_some_and(|(backend, _)| backend.proto == UDP);
+                let in_slot = |key: &SlotKey| key.frontend == *frontend && self.slots[key] == *backend;
+                if !is_datagrams || !by_id.contains_key(frontend) || self.slots.keys().any(in_slot) {
+                    return Err(format!("member {backend} of frontend {frontend} is in no slot"));
+                }
+                continue;
+            }
             if self.slots.get(&SlotKey { frontend: *frontend, slot: *slot }) != Some(backend) {
                 return Err(format!("member {backend} of frontend {frontend} is not in slot {slot}"));
             }

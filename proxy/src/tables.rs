@@ -10,7 +10,7 @@ use crate::ids::Ids;
 use crate::maglev;
 use crate::model::ObjectName;
 use crate::op::{Backend, Frontend, FrontendKey, Op, Origin, flags};
-use crate::put::{Phases, is_indexed};
+use crate::put::{Phases, UDP, is_indexed};
 use crate::tracker::Change;
 
 /// How many entries each kernel map can hold.
@@ -87,7 +87,7 @@ pub(crate) struct State {
     pub value: Frontend,
     /// Backend ids by slot. 0 stands for one that has to be written again (seen only after a restart).
     pub slots: Vec<u32>,
-    /// Slots by backend id; empty without affinity.
+    /// Slots by backend id, or [`NO_SLOT`](crate::NO_SLOT); empty where there is no index.
     pub members: BTreeMap<u32, u32>,
     /// Who may, if not everybody; sorted.
     pub ranges: Vec<IpNet>,
@@ -104,6 +104,11 @@ impl State {
         ids.sort_unstable();
         ids.dedup();
         ids
+    }
+
+    /// All that its clients may still have.
+    pub fn given(&self) -> impl Iterator<Item = u32> {
+        self.distinct().into_iter().chain(self.draining.iter().copied()).chain(self.members.keys().copied())
     }
 }
 
@@ -316,6 +321,7 @@ impl Tables {
                 frontends += usize::from(had.is_none());
                 let kept = had.filter(|old| !self.starts_anew(old, choice, target.passes));
                 let members = if is_indexed(&key, wanted) { choice.backends.len() } else { 0 };
+                let members = members + if key.proto == UDP { self.draining(&key, choice, wanted).len() } else { 0 };
                 let (old_slots, old_members) = kept.map_or((0, 0), |old| (old.slots.len(), old.members.len()));
                 slots += self.slots_of(choice).saturating_sub(old_slots) + members.saturating_sub(old_members);
                 let old_ranges = kept.map(|old| old.ranges.as_slice()).unwrap_or_default();

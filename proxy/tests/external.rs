@@ -305,6 +305,56 @@ fn a_backend_drains_until_the_slices_forget_it() {
 }
 
 #[test]
+fn datagram_flows_keep_a_backend_while_it_serves() {
+    let mut node = Node::new();
+    let mut service = web();
+    service.ports[0].protocol = Protocol::Udp;
+    let udp = |endpoints: Vec<SliceEndpoint>| {
+        let mut slice = slice(endpoints);
+        slice.ports[0].protocol = Protocol::Udp;
+        slice
+    };
+    let packet = |place| Packet { place, client: addr("203.0.113.1"), addr: addr("198.51.100.1"), port: 80, proto: 17 };
+    let keeps = |node: &Node, place, ip: &str| {
+        let backend = Backend { addr: addr(ip), port: 8080, proto: 17 };
+        node.kernel.keeps(&packet(place), &backend).unwrap()
+    };
+    node.model.upsert_service(service.clone());
+    node.model.upsert_slice(udp(vec![endpoint("10.0.0.1", "n1"), endpoint("10.0.1.1", "n2")]));
+    node.flush();
+    // Those outside are served here only from now on. What they have elsewhere they keep.
+    service.external_traffic_policy = TrafficPolicy::Local;
+    node.model.upsert_service(service.clone());
+    node.flush();
+    assert!(keeps(&node, Place::Outside, "10.0.1.1") && keeps(&node, Place::Pod, "10.0.1.1"));
+
+    // It terminates, and another comes; a new agent finds all that.
+    let mut leaving = endpoint("10.0.1.1", "n2");
+    (leaving.ready, leaving.terminating) = (false, true);
+    node.model.upsert_slice(udp(vec![endpoint("10.0.0.1", "n1"), leaving.clone(), endpoint("10.0.1.2", "n2")]));
+    node.flush();
+    let (tables, ops, errors) = Tables::restore(LIMITS, &node.kernel.dump(), &node.model.all());
+    assert_eq!((ops, errors), (vec![], vec![]));
+    node.tables = tables;
+    service.external_traffic_policy = TrafficPolicy::Cluster;
+    node.model.upsert_service(service.clone());
+    node.flush();
+    for place in [Place::Outside, Place::Pod] {
+        let verdict = node.kernel.verdict(&packet(place)).unwrap();
+        let Verdict::Forward(forward) = verdict else { panic!("{verdict:?}") };
+        let chosen: Vec<String> = forward.backends.iter().map(|backend| backend.addr.to_string()).collect();
+        assert_eq!(chosen, ["10.0.0.1", "10.0.1.2"], "of new flows");
+        assert!(keeps(&node, place, "10.0.1.1") && keeps(&node, place, "10.0.0.1"));
+    }
+    // It serves no longer, while the slices still have it.
+    leaving.serving = false;
+    node.model.upsert_slice(udp(vec![endpoint("10.0.0.1", "n1"), leaving, endpoint("10.0.1.2", "n2")]));
+    let ops = node.flush();
+    assert!(!keeps(&node, Place::Outside, "10.0.1.1") && !keeps(&node, Place::Pod, "10.0.1.1"));
+    assert!(ops.iter().all(|op| matches!(op, Op::DeleteMember { .. } | Op::DeleteBackend { .. })), "{ops:?}");
+}
+
+#[test]
 fn affinity_finds_a_backend_wherever_its_slot_moves() {
     let mut node = Node::new();
     let mut service = web();

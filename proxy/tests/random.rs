@@ -6,7 +6,9 @@ mod support;
 use keelway_proxy::{Backend, Model, Simulated, SlotKey, Tables};
 use proptest::prelude::*;
 
-use support::{Event, LIMITS, World, addr, event, flush, packets, verdicts};
+use support::{
+    Event, Flows, LIMITS, World, addr, check_datagram_flows, datagram_flows, event, flush, packets, verdicts,
+};
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
@@ -18,12 +20,15 @@ proptest! {
         let mut model = Model::new(world.node.clone());
         let mut tables = Tables::new(LIMITS);
         let mut kernel = Simulated::default();
+        let mut flows = Flows::new();
         for event in events.iter().chain([&Event::Flush]) {
             world.feed(&mut model, event);
             if !matches!(event, Event::Flush) {
                 continue;
             }
             flush(&mut model, &mut tables, &mut kernel, &packets)?;
+            check_datagram_flows(&world, &kernel, &flows)?;
+            flows = datagram_flows(&world, &kernel, &packets)?;
             for ((now, wanted), packet) in verdicts(&kernel, &packets)?.iter().zip(&world.verdicts()).zip(&packets) {
                 prop_assert_eq!(now, wanted, "{:?}", packet);
             }

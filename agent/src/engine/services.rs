@@ -285,7 +285,7 @@ fn leaving(tables: &impl ServiceTables, ops: &[proxy::Op]) -> Result<Vec<Gone>, 
         if let Some(backend) = tables.backend(id)?
             && is_member == (backend.proto == Protocol::Udp.number())
         {
-            gone.push(Gone { backend: SocketAddr::new(backend.addr, backend.port), proto: backend.proto });
+            gone.push(Gone { backend: SocketAddr::new(backend.addr, backend.port), proto: backend.proto, id });
         }
     }
     Ok(gone)

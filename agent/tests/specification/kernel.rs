@@ -209,6 +209,11 @@ impl Kernel {
         self.datapath.tables.set_node(&config).expect("the node's entry");
     }
 
+    /// As a new agent does, by what the tables tell of the one before.
+    pub fn restart(&mut self) {
+        self.services.restore(&mut self.datapath.tables).expect("the tables are taken over");
+    }
+
     /// Writes what changed.
     pub fn apply(&mut self) {
         self.services.apply(&mut self.datapath.tables).expect("the tables take it");

@@ -189,7 +189,34 @@ fn packet(random: &mut Random, services: &[Value], routed: bool) -> Case {
     Case { from, client, to: SocketAddr::from((addr, at)), protocol, verdict: None }
 }
 
-/// Objects, packets, and then the endpoints change.
+/// Of what there is: conditions change, one or the other slice loses its endpoints, one or the other Service its policies or type.
+/// Ports stay.
+fn change(random: &mut Random, objects: &[Value]) -> Vec<Value> {
+    let mut changed = objects.to_vec();
+    for object in &mut changed {
+        if object["kind"] == "Service" {
+            if random.percent(30) {
+                object["spec"]["internalTrafficPolicy"] = random.pick(&["Cluster", "Local"]).into();
+                object["spec"]["externalTrafficPolicy"] = random.pick(&["Cluster", "Local"]).into();
+            }
+            if random.percent(8) {
+                object["spec"]["type"] = random.pick(&["ClusterIP", "NodePort", "LoadBalancer"]).into();
+            }
+            continue;
+        }
+        for endpoint in object["endpoints"].as_array_mut().into_iter().flatten() {
+            if random.percent(40) {
+                endpoint["conditions"] = conditions(random);
+            }
+        }
+        if random.percent(15) {
+            object["endpoints"] = json!([]);
+        }
+    }
+    changed
+}
+
+/// Objects, packets, and then the objects change, two times. The agent may start anew between.
 pub fn scenario(random: &mut Random) -> Scenario {
     let routed = random.percent(50);
     // Where all are hashed, the very backend is known.
@@ -198,31 +225,19 @@ pub fn scenario(random: &mut Random) -> Scenario {
     let slices = |random: &mut Random| -> Vec<Value> {
         services.iter().enumerate().flat_map(|(at, of)| [1, 2, 3].map(|number| slice(random, of, at, number))).collect()
     };
-    let packets = |random: &mut Random| (0..40).map(|_| packet(random, &services, routed)).collect();
-    let first = Step {
-        put: services.iter().cloned().chain(slices(random)).collect(),
-        packets: packets(random),
-        ..Step::default()
-    };
-    // Ports stay; conditions change, and one or the other slice is another.
-    let mut changed: Vec<Value> =
-        first.put.iter().filter(|object| object["kind"] == "EndpointSlice").cloned().collect();
-    for slice in &mut changed {
-        for endpoint in slice["endpoints"].as_array_mut().into_iter().flatten() {
-            if random.percent(40) {
-                endpoint["conditions"] = conditions(random);
-            }
-        }
-        if random.percent(20) {
-            slice["endpoints"] = json!([]);
-        }
+    let packets = |random: &mut Random| (0..30).map(|_| packet(random, &services, routed)).collect();
+    let mut objects: Vec<Value> = services.iter().cloned().chain(slices(random)).collect();
+    let mut steps = vec![Step { put: objects.clone(), packets: packets(random), ..Step::default() }];
+    for _ in 0..2 {
+        objects = change(random, &objects);
+        let restart = random.percent(30);
+        steps.push(Step { put: objects.clone(), restart, packets: packets(random), ..Step::default() });
     }
-    let second = Step { put: changed, packets: packets(random), ..Step::default() };
     Scenario {
         about: "random".into(),
         zone: random.pick(&[None, Some("z1".to_owned()), Some("z2".to_owned())]),
         routed,
         dsr: random.pick(&[Dsr::None, Dsr::None, Dsr::Tcp, Dsr::All]),
-        steps: vec![first, second],
+        steps,
     }
 }

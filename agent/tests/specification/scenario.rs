@@ -47,6 +47,9 @@ pub struct Step {
     /// `Service/namespace/name` or `EndpointSlice/namespace/name`.
     #[serde(default)]
     pub delete: Vec<String>,
+    /// A new agent finds the tables of the one before, and these objects.
+    #[serde(default)]
+    pub restart: bool,
     #[serde(default)]
     pub packets: Vec<Case>,
 }
@@ -221,6 +224,9 @@ impl Runner<'_> {
     fn step(&mut self, step: &Step) -> Result<(), String> {
         step.put.iter().try_for_each(|object| self.put(object))?;
         step.delete.iter().try_for_each(|what| self.delete(what))?;
+        if step.restart {
+            self.kernel.restart();
+        }
         self.kernel.apply();
         for open in std::mem::take(&mut self.flows) {
             self.goes_on(&open)
@@ -249,6 +255,13 @@ impl Runner<'_> {
         let services: Vec<Service> = self.services.values().cloned().collect();
         let slices: Vec<EndpointSlice> = self.slices.values().cloned().collect();
         reference::verdict(&self.node, &services, &slices, &case.packet())
+    }
+
+    /// Whether datagrams stay with their backend.
+    fn keeps(&self, case: &Case, backend: &Backend) -> bool {
+        let services: Vec<Service> = self.services.values().cloned().collect();
+        let slices: Vec<EndpointSlice> = self.slices.values().cloned().collect();
+        reference::keeps(&self.node, &services, &slices, &case.packet(), backend)
     }
 
     fn client(&mut self, case: &Case) -> SocketAddr {
@@ -334,9 +347,8 @@ impl Runner<'_> {
         }
         if proto != SCTP {
             // A connection that has not ended leaves a backend that drains for every frontend of this node, not one that only its own
-            // frontend left; datagrams, of which none says that it begins a flow, leave that as well.
-            let serves = matches!(&verdict, Verdict::Forward(forward) if forward.backends.contains(&here));
-            let keeps = if proto == UDP { serves } else { drains == Some(false) };
+            // frontend left; datagrams, of which none says that it begins a flow, one that serves their Service port no longer.
+            let keeps = if proto == UDP { self.keeps(&open.case, &here) } else { drains == Some(false) };
             let wanted = if keeps && is_served { &stays } else { &verdict };
             self.meets(&open.case, open.client, AGAIN, wanted).map_err(|error| format!("as a new flow: {error}"))?;
         }

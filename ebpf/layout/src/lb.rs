@@ -85,13 +85,17 @@ pub mod frontend_flags {
 
 /// Bits of [`Backend::flags`].
 pub mod backend_flags {
-    /// In no slot any more; known flows go on, new ones do not come.
+    /// In no slot any more; known flows go on, new ones do not come. Of UDP, of which none says that it is new, index entries tell
+    /// ([`MEMBER_BIT`](super::MEMBER_BIT)).
     pub const DRAINING: u8 = 1;
 }
 
 /// Bit of [`SlotKey::frontend`] for the index entries of frontends with affinity or of UDP: the slot is then a backend's id, and the value
-/// the slot that holds it.
+/// the slot that holds it, or [`NO_SLOT`].
 pub const MEMBER_BIT: u32 = 0x8000_0000;
+
+/// No slot's number. A UDP frontend's backend with it keeps the flows that it has and gets no new ones.
+pub const NO_SLOT: u32 = u32::MAX;
 
 /// What is behind a [`FrontendKey`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -173,7 +177,7 @@ pub struct SockFrontend {
 pub struct SockBackend {
     /// The backend's id.
     pub backend: u32,
-    /// The slot that held it; the choice is good while it still does.
+    /// The slot that held it, which older programs want to see unchanged.
     pub slot: u32,
 }
 

@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use aya::maps::{Map, MapData};
 use keelway_layout::{
-    Addr, Backend, Frontend, FrontendKey, Identity, Port, PrefixKey, SlotKey, SockFrontend, SockKey, frontend_flags,
-    identity, maps as m,
+    Addr, Backend, Frontend, FrontendKey, Identity, MEMBER_BIT, Port, PrefixKey, SlotKey, SockFrontend, SockKey,
+    frontend_flags, identity, maps as m,
 };
 
 use crate::error::{Error, TableError};
@@ -53,12 +53,16 @@ impl SocketTables {
         Ok(self.reverse.get(&key)?.map(|found| SocketAddr::new(found.addr.into(), found.port.get())))
     }
 
-    /// Whether a process of the host that dials this address may be given this backend.
+    /// Whether a process of the host that dials this address keeps the backend that it was given, which had this id then.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn serves(&self, dialled: SocketAddr, backend: SocketAddr, proto: u8) -> Result<bool, TableError> {
+    pub fn keeps(&self, dialled: SocketAddr, backend: SocketAddr, id: u32, proto: u8) -> Result<bool, TableError> {
         let Some(frontend) = self.frontend(dialled, proto)? else { return Ok(false) };
+        if self.slots.get(&SlotKey { frontend: frontend.id | MEMBER_BIT, slot: id })?.is_some() {
+            return Ok(true);
+        }
+        // One that came back has another id, and a slot.
         for slot in 0..frontend.count {
             let Some(id) = self.slots.get(&SlotKey { frontend: frontend.id, slot })? else { continue };
             if let Some(found) = self.backends.get(&id)?

@@ -1,7 +1,7 @@
 //! From a Service's address to a backend: the one choice that sockets and packets share.
 
 use keelway_layout::{
-    Addr, Affinity, AffinityKey, Backend, CtEntry, CtKey, From, Frontend, FrontendKey, MEMBER_BIT, Port, Reason,
+    Addr, Affinity, AffinityKey, Backend, CtEntry, CtKey, From, Frontend, FrontendKey, MEMBER_BIT, NO_SLOT, Port, Reason,
     SlotKey, SourceRangeKey, backend_flags, ct_flags, frontend_flags, node_flags, scope,
 };
 
@@ -118,15 +118,22 @@ pub fn in_slot(frontend: &Frontend, slot: u32) -> Option<Choice> {
     }
 }
 
+/// The backend that a datagram socket keeps, for as long as the Service has it serving.
+#[inline(always)]
+pub fn kept_by_socket(frontend: &Frontend, backend: u32) -> Option<Choice> {
+    if !is_member(frontend, backend) {
+        return None;
+    }
+    // SAFETY: a backend never changes its address, and stays readable for this run of the program.
+    unsafe { BACKENDS.get(backend) }.map(|found| Choice { backend: found, id: backend, slot: NO_SLOT })
+}
+
 /// A backend for a new flow: `seed` picks the slot.
 #[inline(always)]
 pub fn choose(frontend: &Frontend, seed: u32) -> Option<Choice> {
     // The table may shrink between the reads; slot 0 is the last to go.
     in_slot(frontend, seed % frontend.count.max(1)).or_else(|| in_slot(frontend, 0))
 }
-
-/// No slot's number.
-pub const NO_SLOT: u32 = u32::MAX;
 
 /// The slot of the backend that a client is to stay with, if it has one that still serves; else [`NO_SLOT`].
 #[inline(never)]
@@ -268,6 +275,12 @@ fn goes_on(packet: &Packet, frontend: &Frontend, flow: Flow, asked: &mut Asked, 
     // SAFETY: read at once.
     let backend = unsafe { BACKENDS.get(entry.backend) };
     let stays = match backend.filter(|backend| backend.addr == entry.nat_addr && backend.port == entry.nat_port) {
+        // It may be another Service's, and no longer this one's; and while this one has it serving, a flow may stay though new ones
+        // go elsewhere.
+        Some(_) if packet.tuple.proto == UDP => {
+            frontend.flags & (frontend_flags::INDEXED | frontend_flags::REFUSE) == 0
+                || is_member(frontend, entry.backend)
+        }
         Some(backend) => backend.flags & backend_flags::DRAINING == 0 || !opens,
         // It left the Service altogether. A connection is for its two ends to end; nobody else knows it.
         None => packet.tuple.proto == TCP && !opens,
@@ -276,16 +289,11 @@ fn goes_on(packet: &Packet, frontend: &Frontend, flow: Flow, asked: &mut Asked, 
         return false;
     }
     asked.backend = (entry.nat_addr, entry.nat_port);
-    match packet.tuple.proto {
-        // A port that a client takes again begins a new connection. One that nobody has answered yet asks on where it asked.
-        TCP if opens => is_up(&packet.tuple, &asked.backend, asked.incarnation, now),
-        // The backend may be another Service's, and no longer this one's.
-        UDP => frontend.flags & frontend_flags::INDEXED == 0 || is_member(frontend, entry.backend),
-        _ => true,
-    }
+    // A port that a client takes again begins a new connection. One that nobody has answered yet asks on where it asked.
+    packet.tuple.proto != TCP || !opens || is_up(&packet.tuple, &asked.backend, asked.incarnation, now)
 }
 
-/// Whether the backend is in one of the frontend's slots, of a frontend with an index.
+/// Whether a frontend with an index has the backend, in a slot or for the flows that it has.
 #[inline(always)]
 fn is_member(frontend: &Frontend, backend: u32) -> bool {
     // SAFETY: only asked whether it is there.

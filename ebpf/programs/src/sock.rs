@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
 use keelway_layout::{
-    Addr, Frontend, FrontendKey, Hook, Port, Reason, SockBackend, SockFrontend, SockKey, frontend_flags,
+    Addr, Frontend, FrontendKey, Hook, NO_SLOT, Port, Reason, SockBackend, SockFrontend, SockKey, frontend_flags,
 };
 
 use crate::count::count;
@@ -218,8 +218,8 @@ fn chosen(frontend: &Frontend, owner: &Owner) -> Chosen {
         };
     }
     let now = now();
-    let kept = if minds_client { lb::kept_for(frontend, &owner.addr, now) } else { lb::NO_SLOT };
-    let seed = if kept == lb::NO_SLOT { random() } else { kept };
+    let kept = if minds_client { lb::kept_for(frontend, &owner.addr, now) } else { NO_SLOT };
+    let seed = if kept == NO_SLOT { random() } else { kept };
     let Some(choice) = lb::choose(frontend, seed) else { return Chosen::Nobody };
     if minds_client {
         lb::keep_for(frontend, &owner.addr, choice.id, now);
@@ -227,7 +227,8 @@ fn chosen(frontend: &Frontend, owner: &Owner) -> Chosen {
     Chosen::Choice(choice)
 }
 
-/// sendmsg(2) with an address: an unconnected socket stays with its backend for as long as the Service has it.
+/// sendmsg(2) with an address: an unconnected socket stays with its backend for as long as the Service has it serving, as its flow
+/// does where packets are translated.
 #[inline(always)]
 pub fn sendmsg(sock: SockAddr, hook: Hook) -> i32 {
     let dialled = FrontendKey::new(sock.addr(), sock.port(), UDP);
@@ -250,9 +251,7 @@ fn kept_or_chosen(sock: SockAddr, dialled: FrontendKey, frontend: &Frontend, own
     let key = sock.key(dialled.addr(), dialled.port());
     // SAFETY: the value is copied out at once.
     if let Some(kept) = unsafe { SOCK_FORWARD.get(key) }.copied()
-        && kept.slot < frontend.count
-        && let Some(choice) = lb::in_slot(frontend, kept.slot)
-        && choice.id == kept.backend
+        && let Some(choice) = lb::kept_by_socket(frontend, kept.backend)
     {
         return Chosen::Choice(choice);
     }

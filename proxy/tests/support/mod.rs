@@ -59,7 +59,8 @@ fn service() -> impl Strategy<Value = Service> {
         .prop_map(|(name, protocol, port, node_port)| ServicePort { name: name.into(), protocol, port, node_port });
     let usual = ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, node_port: 30080 };
     // Histories in which much stays as it was meet more than those in which nothing does.
-    let ports = prop_oneof![3 => Just(vec![usual]), 1 => prop::collection::vec(port, 1..3)];
+    let datagrams = ServicePort { name: "http".into(), protocol: Protocol::Udp, port: 53, node_port: 30053 };
+    let ports = prop_oneof![2 => Just(vec![usual.clone()]), 1 => Just(vec![usual, datagrams]), 1 => prop::collection::vec(port, 1..3)];
     let kinds = select(vec![
         ServiceType::ClusterIp,
         ServiceType::LoadBalancer,
@@ -105,7 +106,8 @@ fn slice_name() -> impl Strategy<Value = ObjectName> {
 fn slice() -> impl Strategy<Value = EndpointSlice> {
     let port = (select(vec!["http", ""]), protocol(), select(vec![Some(8080), Some(8081), None]))
         .prop_map(|(name, protocol, port)| EndpointPort { name: name.into(), protocol, port });
-    let usual = EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: Some(8080) };
+    let usual = |protocol| EndpointPort { name: "http".into(), protocol, port: Some(8080) };
+    let usual = vec![usual(Protocol::Tcp), usual(Protocol::Udp)];
     let addresses = select(vec!["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "fd00::1", "fd00::2", "fd00::3"]);
     let hints = |values: [&'static str; 2]| {
         prop_oneof![
@@ -127,7 +129,7 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
                 zone_hints: zones.into_iter().map(str::to_owned).collect(),
                 node_hints: nodes.into_iter().map(str::to_owned).collect(),
             });
-    let ports = prop_oneof![3 => Just(vec![usual]), 1 => prop::collection::vec(port, 1..3)];
+    let ports = prop_oneof![3 => Just(usual), 1 => prop::collection::vec(port, 1..3)];
     (slice_name(), service_name(), ports, prop::collection::vec(endpoint, 0..8)).prop_map(
         |(name, service, ports, endpoints)| EndpointSlice {
             name,
@@ -207,6 +209,19 @@ impl World {
         packets().iter().map(|packet| reference::verdict(&self.node, &services, &slices, packet)).collect()
     }
 
+    /// Whether a datagram flow stays with its backend, and whose it is.
+    pub fn keeps(&self, packet: &Packet, backend: &Backend) -> bool {
+        let services: Vec<Service> = self.services.values().cloned().collect();
+        let slices: Vec<EndpointSlice> = self.slices.values().cloned().collect();
+        reference::keeps(&self.node, &services, &slices, packet, backend)
+    }
+
+    /// Which Service port a packet dials.
+    pub fn service_port(&self, packet: &Packet) -> Option<(ObjectName, String)> {
+        let services: Vec<Service> = self.services.values().cloned().collect();
+        reference::service_port(&self.node, &services, packet)
+    }
+
     /// Everything goes: nothing may be left.
     pub fn clear(&self, model: &mut Model) {
         for service in self.services.keys() {
@@ -246,6 +261,39 @@ pub fn packets() -> Vec<Packet> {
         }
     }
     packets
+}
+
+/// The backends that datagram flows may have: a packet's dialled, as whose.
+pub type Flows = Vec<(Packet, Option<(ObjectName, String)>, BTreeSet<Backend>)>;
+
+/// Of all that any packet dials.
+pub fn datagram_flows(world: &World, kernel: &Simulated, packets: &[Packet]) -> Result<Flows, TestCaseError> {
+    let of = |packet: &Packet| {
+        let chosen = kernel.verdict(packet).map_err(TestCaseError::fail)?;
+        let chosen = if let Verdict::Forward(forward) = chosen { forward.backends } else { BTreeSet::new() };
+        let mut backends = BTreeSet::new();
+        for (backend, _) in kernel.backends.values() {
+            if chosen.contains(backend) || kernel.keeps(packet, backend).map_err(TestCaseError::fail)? {
+                backends.insert(*backend);
+            }
+        }
+        Ok((*packet, world.service_port(packet), backends))
+    };
+    packets.iter().filter(|packet| packet.proto == 17).map(of).collect()
+}
+
+/// Flows that went on while their Service port was the same one's keep the backend while that serves, and all others leave it.
+pub fn check_datagram_flows(world: &World, kernel: &Simulated, before: &Flows) -> Result<(), TestCaseError> {
+    for (packet, was, backends) in before {
+        for backend in backends {
+            let (keeps, should) =
+                (kernel.keeps(packet, backend).map_err(TestCaseError::fail)?, world.keeps(packet, backend));
+            prop_assert!(should || !keeps, "{packet:?} stays with {backend}");
+            let same = was.is_some() && *was == world.service_port(packet);
+            prop_assert!(keeps || !should || !same, "{packet:?} of {was:?} leaves {backend}");
+        }
+    }
+    Ok(())
 }
 
 pub fn verdicts(kernel: &Simulated, packets: &[Packet]) -> Result<Vec<Verdict>, TestCaseError> {
@@ -361,8 +409,13 @@ pub fn flush(
             }
         }
     }
-    let known: BTreeSet<Backend> =
-        model.all().iter().flat_map(|c| c.frontends.values()).flat_map(|w| w.known.iter().copied()).collect();
+    let wanted = model.all().into_iter().flat_map(|change| change.frontends.into_values());
+    let known: BTreeSet<Backend> = wanted
+        .flat_map(|wanted| {
+            let choices = [Some(wanted.anyone), wanted.outside].into_iter().flatten().map(|choice| choice.backends);
+            choices.chain([wanted.known]).flat_map(|backends| backends.to_vec()).collect::<Vec<_>>()
+        })
+        .collect();
     for (backend, _) in kernel.backends.values() {
         prop_assert!(known.contains(backend), "{backend} is there and nobody knows it");
     }
