@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::endpoints::{Candidate, candidates, categorise};
-use crate::model::{EndpointSlice, LoadBalancing, Protocol, Service, ServicePort, TrafficPolicy};
+use crate::model::{EndpointSlice, LoadBalancing, ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
 use crate::op::{Backend, FrontendKey, flags};
 use crate::tracker::NodeInfo;
 
@@ -39,6 +39,16 @@ pub struct Choice {
     pub flags: u32,
 }
 
+/// The frontends that lead a client to one backend, by ClientIP affinity: those of a Service port in a family, as in kube-proxy,
+/// whichever of its addresses is dialled.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AffinityGroup {
+    service: ObjectName,
+    port: String,
+    protocol: Protocol,
+    ipv6: bool,
+}
+
 /// What a frontend is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
@@ -53,6 +63,8 @@ pub struct Wanted {
     pub known: Backends,
     /// 0: none.
     pub affinity_seconds: u32,
+    /// With affinity.
+    pub affinity_group: Option<Arc<AffinityGroup>>,
     /// Who may, with [`flags::SOURCE_RANGES`]; sorted.
     pub source_ranges: Arc<[IpNet]>,
     /// Keep the backends that it has, in the kernel too, when there are none.
@@ -69,6 +81,7 @@ impl Wanted {
             outside: None,
             known: none,
             affinity_seconds: 0,
+            affinity_group: None,
             source_ranges: Arc::new([]),
             keep_last: false,
         }
@@ -159,6 +172,7 @@ struct Port<'a> {
     cluster: Backends,
     local: Backends,
     known: Backends,
+    affinity_group: Option<Arc<AffinityGroup>>,
     /// Some node has an endpoint that could serve.
     any: bool,
 }
@@ -178,7 +192,11 @@ impl<'a> Port<'a> {
         }
         let known = backends(&known);
         let known = if known == cluster { cluster.clone() } else { known };
-        Self { service, port, cluster, local: backends(&categories.local), known, any: categories.any }
+        let group =
+            || AffinityGroup { service: service.name.clone(), port: port.name.clone(), protocol: port.protocol, ipv6 };
+        let affinity_group = service.affinity_seconds.filter(|seconds| *seconds > 0).map(|_| Arc::new(group()));
+        let local = backends(&categories.local);
+        Self { service, port, cluster, local, known, affinity_group, any: categories.any }
     }
 
     fn choice(&self, policy: TrafficPolicy) -> Choice {
@@ -222,6 +240,7 @@ impl<'a> Port<'a> {
             outside,
             known: self.known.clone(),
             affinity_seconds: service.affinity_seconds.unwrap_or(0),
+            affinity_group: self.affinity_group.clone(),
             source_ranges: ranges.cloned().unwrap_or_else(|| Arc::new([])),
             keep_last: kind == FrontendKind::ClusterIp && is_api_server(service),
         }

@@ -38,10 +38,10 @@ mod slots;
 mod tables;
 mod tracker;
 
-pub use frontends::{Backends, Choice, FrontendKind, Wanted};
+pub use frontends::{AffinityGroup, Backends, Choice, FrontendKind, Wanted};
 pub use health::{HealthCheck, NoLocal};
 pub use model::ObjectName;
-pub use op::{Backend, Dump, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
+pub use op::{AFFINITY_GROUP, Backend, Dump, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
 pub use simulated::{Forward, Packet, Place, Simulated, Verdict};
 pub use tables::{Conflict, Limits, Listed, Table, TableFull, Tables};
 pub use tracker::{Change, Model, NodeInfo};

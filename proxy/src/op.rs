@@ -109,6 +109,10 @@ pub struct Frontend {
     pub flags: u32,
 }
 
+/// In place of a backend's id in the member entry that names a frontend's affinity group: its "slot" is a number that all frontends of
+/// the group have in common, and no other. Without the entry a frontend is a group of its own, by its id.
+pub const AFFINITY_GROUP: u32 = 0;
+
 /// The slot of a backend that is in none.
 pub const NO_SLOT: u32 = u32::MAX;
 
@@ -165,7 +169,7 @@ pub enum Op {
     PutMember {
         /// Frontend id.
         frontend: u32,
-        /// Backend id.
+        /// Backend id, or [`AFFINITY_GROUP`].
         backend: u32,
         /// Slot number; [`NO_SLOT`] for one that keeps the datagram flows that it has and gets no new ones.
         slot: u32,

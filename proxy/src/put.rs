@@ -1,13 +1,16 @@
 //! The writes that make one frontend what it is to be.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::frontends::{Choice, Wanted};
+use crate::frontends::{AffinityGroup, Choice, Wanted};
+use crate::ids;
 use crate::maglev;
 use crate::model::Protocol;
-use crate::op::{Backend, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
+use crate::op::{AFFINITY_GROUP, Backend, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
 use crate::slots::{Fill, fill};
 use crate::tables::{BackendState, State, Tables};
 
@@ -51,11 +54,13 @@ impl Tables {
             None if key.is_any_port() => 0,
             None => self.frontend_ids.next(),
         };
+        let group = wanted.affinity_group.as_ref().map_or(0, |group| self.group_number(group, id));
         let new = old.is_none();
         let old = old.unwrap_or_else(|| State {
             value: Frontend { id, count: 0, affinity_seconds: 0, flags: 0 },
             slots: Vec::new(),
             members: BTreeMap::new(),
+            group: 0,
             ranges: Vec::new(),
             draining: Vec::new(),
             computed: false,
@@ -67,9 +72,13 @@ impl Tables {
         if key.proto == UDP {
             members.extend(draining.iter().map(|id| (*id, NO_SLOT)));
         }
+        if group != 0 {
+            members.insert(AFFINITY_GROUP, group);
+        }
         let flags = if indexed { choice.flags | flags::INDEXED } else { choice.flags };
         let value = Frontend { id, count: slots.len() as u32, affinity_seconds: wanted.affinity_seconds, flags };
-        let state = State { value, slots, members, ranges: wanted.source_ranges.to_vec(), draining, computed: true };
+        let ranges = wanted.source_ranges.to_vec();
+        let state = State { value, slots, members, group, ranges, draining, computed: true };
         self.count(&state, &old);
 
         let put_slot = |slot: &u32| Op::PutSlot {
@@ -186,6 +195,7 @@ impl Tables {
             value: state.value,
             slots: Vec::new(),
             members: BTreeMap::new(),
+            group: 0,
             ranges: Vec::new(),
             draining: Vec::new(),
             computed: true,
@@ -194,8 +204,40 @@ impl Tables {
         self.frontend_ids.release(frontend);
     }
 
+    /// The number of a group; a new one's is that of its first frontend.
+    fn group_number(&mut self, group: &Arc<AffinityGroup>, first: u32) -> u32 {
+        if !self.groups.contains_key(group) && !self.name_group(group, first) {
+            let number = self.frontend_ids.next();
+            self.groups.insert(group.clone(), number);
+            self.group_sizes.insert(number, (group.clone(), 0));
+        }
+        self.groups[group]
+    }
+
+    /// Gives a group a number, if no other has it.
+    pub(crate) fn name_group(&mut self, group: &Arc<AffinityGroup>, number: u32) -> bool {
+        let is_free = (1..=ids::LAST).contains(&number) && !self.group_sizes.contains_key(&number);
+        if is_free {
+            self.frontend_ids.take(number);
+            self.groups.insert(group.clone(), number);
+            self.group_sizes.insert(number, (group.clone(), 0));
+        }
+        is_free
+    }
+
     /// Counts what `new` has and `old` had.
     fn count(&mut self, new: &State, old: &State) {
+        if let Some((_, size)) = self.group_sizes.get_mut(&new.group) {
+            *size += 1;
+        }
+        if let Entry::Occupied(mut group) = self.group_sizes.entry(old.group) {
+            group.get_mut().1 -= 1;
+            if group.get().1 == 0 {
+                let (group, _) = group.remove();
+                self.groups.remove(&group);
+                self.frontend_ids.release(old.group);
+            }
+        }
         for id in new.distinct() {
             self.refer(id, 1, 0);
         }

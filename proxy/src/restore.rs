@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use crate::ids;
-use crate::op::{Dump, Frontend, FrontendKey, Op, Origin, SlotKey};
+use crate::op::{AFFINITY_GROUP, Dump, Frontend, FrontendKey, Op, Origin, SlotKey};
 use crate::tables::{BackendState, Limits, State, TableFull, Tables};
 use crate::tracker::Change;
 
@@ -25,6 +25,7 @@ impl Tables {
 
         // Who wins what is decided before anything is written: no frontend passes through a loser's hands.
         wanted.iter().for_each(|change| tables.claim(change));
+        wanted.iter().for_each(|change| tables.take_over_groups(change));
         let mut postponed = Vec::new();
         for change in wanted {
             if tables.apply_keeping_idle(change, &mut ops).is_err() {
@@ -42,6 +43,7 @@ impl Tables {
             tables.settle_idle(&mut ops);
         }
         tables.found_idle.clear();
+        tables.forget_empty_groups();
         tables.sweep(dump, &mut ops);
         (tables, ops, errors)
     }
@@ -81,6 +83,9 @@ impl Tables {
         for ((frontend, backend), slot) in &dump.members {
             if let Some((_, state)) = states.get_mut(frontend) {
                 state.members.insert(*backend, *slot);
+                if *backend == AFFINITY_GROUP {
+                    self.frontend_ids.pass(*slot);
+                }
             }
         }
         for (frontend, net) in &dump.source_ranges {
@@ -121,6 +126,32 @@ impl Tables {
         ops.extend(members.map(|(frontend, backend)| Op::DeleteMember { frontend, backend }));
         let ranges = dump.source_ranges.iter().filter(|range| !is_owned(&range.0) && !done.ranges.contains(range));
         ops.extend(ranges.map(|(frontend, net)| Op::DeleteSourceRange { frontend: *frontend, net: *net }));
+    }
+
+    /// Names affinity groups as one of their frontends says, before new ones join them.
+    fn take_over_groups(&mut self, change: &Change) {
+        for (key, wanted) in &change.frontends {
+            let Some(group) = wanted.affinity_group.as_ref().filter(|group| !self.groups.contains_key(*group)) else {
+                continue;
+            };
+            if self.owner(key) != Some(&change.service) {
+                continue;
+            }
+            let number = |key| self.frontends.get(&key)?.members.get(&AFFINITY_GROUP).copied();
+            let numbers = [Origin::Anyone, Origin::Outside].map(|from| number(key.seen_from(from)));
+            let _ = numbers.into_iter().flatten().any(|number| self.name_group(group, number));
+        }
+    }
+
+    /// Of Services that did not fit.
+    fn forget_empty_groups(&mut self) {
+        let empty: Vec<u32> = self.group_sizes.iter().filter(|(_, (_, size))| *size == 0).map(|(id, _)| *id).collect();
+        for number in empty {
+            if let Some((group, _)) = self.group_sizes.remove(&number) {
+                self.groups.remove(&group);
+                self.frontend_ids.release(number);
+            }
+        }
     }
 
     /// Notes that a Service which did not fit owns what it already had, so that its deletion finds it.
@@ -164,5 +195,13 @@ impl Deleted {
 }
 
 fn state(value: Frontend, slots: Vec<u32>) -> State {
-    State { value, slots, members: BTreeMap::new(), ranges: Vec::new(), draining: Vec::new(), computed: false }
+    State {
+        value,
+        slots,
+        members: BTreeMap::new(),
+        group: 0,
+        ranges: Vec::new(),
+        draining: Vec::new(),
+        computed: false,
+    }
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use crate::op::{Backend, Dump, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
+use crate::op::{AFFINITY_GROUP, Backend, Dump, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
 use crate::put::UDP;
 
 /// Where a client is.
@@ -183,7 +183,14 @@ impl Simulated {
                 return Err(format!("{key:?} of {backend} has the member entry {member:?}: {frontend:?}"));
             }
         }
+        let grouped = |id: &u32| self.members.contains_key(&(*id, AFFINITY_GROUP));
+        if let Some((key, _)) = self.frontends.iter().find(|(_, f)| (f.affinity_seconds > 0) != grouped(&f.id)) {
+            return Err(format!("{key} is of no affinity group, or of one in spite of having none"));
+        }
         for ((frontend, backend), slot) in &self.members {
+            if *backend == AFFINITY_GROUP {
+                continue;
+            }
             if *slot == NO_SLOT {
                 let is_datagrams = self.backends.get(backend).is_some_and(|(backend, _)| backend.proto == UDP);
                 let in_slot = |key: &SlotKey| key.frontend == *frontend && self.slots[key] == *backend;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::frontends::{Choice, FrontendKind, Wanted};
+use crate::frontends::{AffinityGroup, Choice, FrontendKind, Wanted};
 use crate::ids::Ids;
 use crate::maglev;
 use crate::model::ObjectName;
@@ -87,8 +87,10 @@ pub(crate) struct State {
     pub value: Frontend,
     /// Backend ids by slot. 0 stands for one that has to be written again (seen only after a restart).
     pub slots: Vec<u32>,
-    /// Slots by backend id, or [`NO_SLOT`](crate::NO_SLOT); empty where there is no index.
+    /// Slots by backend id, or [`NO_SLOT`](crate::NO_SLOT), and the number of the affinity group; empty where there is no index.
     pub members: BTreeMap<u32, u32>,
+    /// The number of its affinity group, once that is counted; 0 without.
+    pub group: u32,
     /// Who may, if not everybody; sorted.
     pub ranges: Vec<IpNet>,
     /// Backends that were in the slots and are still known.
@@ -144,7 +146,11 @@ pub(crate) struct Target {
 pub struct Tables {
     pub(crate) limits: Limits,
     pub(crate) frontends: BTreeMap<FrontendKey, State>,
+    /// Of frontends, and of affinity groups, which have those of one of theirs.
     pub(crate) frontend_ids: Ids,
+    pub(crate) groups: BTreeMap<Arc<AffinityGroup>, u32>,
+    /// How many frontends each has.
+    pub(crate) group_sizes: BTreeMap<u32, (Arc<AffinityGroup>, u32)>,
     pub(crate) slot_total: usize,
     pub(crate) range_total: usize,
     pub(crate) backends: BTreeMap<u32, BackendState>,
@@ -167,6 +173,8 @@ impl Tables {
             limits,
             frontends: BTreeMap::new(),
             frontend_ids: Ids::default(),
+            groups: BTreeMap::new(),
+            group_sizes: BTreeMap::new(),
             slot_total: 0,
             range_total: 0,
             backends: BTreeMap::new(),
@@ -321,6 +329,7 @@ impl Tables {
                 frontends += usize::from(had.is_none());
                 let kept = had.filter(|old| !self.starts_anew(old, choice, target.passes));
                 let members = if is_indexed(&key, wanted) { choice.backends.len() } else { 0 };
+                let members = members + usize::from(wanted.affinity_group.is_some());
                 let members = members + if key.proto == UDP { self.draining(&key, choice, wanted).len() } else { 0 };
                 let (old_slots, old_members) = kept.map_or((0, 0), |old| (old.slots.len(), old.members.len()));
                 slots += self.slots_of(choice).saturating_sub(old_slots) + members.saturating_sub(old_members);

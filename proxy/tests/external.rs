@@ -1,6 +1,6 @@
 //! Histories in words: node ports, load balancers, external addresses, source ranges, draining, affinity, health checks.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use keelway_proxy::model::{
@@ -8,8 +8,8 @@ use keelway_proxy::model::{
     TrafficPolicy,
 };
 use keelway_proxy::{
-    Backend, FrontendKey, FrontendKind, Limits, Model, NodeInfo, ObjectName, Op, Origin, Packet, Place, Simulated,
-    Tables, Verdict, flags, maglev,
+    AFFINITY_GROUP, Backend, FrontendKey, FrontendKind, Limits, Model, NodeInfo, ObjectName, Op, Origin, Packet, Place,
+    Simulated, Tables, Verdict, flags, maglev,
 };
 
 const LIMITS: Limits =
@@ -377,6 +377,68 @@ fn affinity_finds_a_backend_wherever_its_slot_moves() {
     node.model.upsert_service(service);
     node.flush();
     assert!(node.kernel.members.is_empty());
+}
+
+#[test]
+fn affinity_is_a_service_ports_whichever_address_is_dialled() {
+    let mut node = Node::new();
+    let mut service = web();
+    service.affinity_seconds = Some(60);
+    service.ports.push(ServicePort { name: "other".into(), protocol: Protocol::Tcp, port: 81, node_port: 0 });
+    node.serve(&service, &[("10.0.0.1", "n1"), ("10.0.1.1", "n2")]);
+    let groups = |node: &Node| -> BTreeMap<FrontendKey, u32> {
+        let frontends = node.kernel.frontends.iter().filter(|(_, frontend)| frontend.id != 0);
+        frontends.map(|(key, frontend)| (*key, node.kernel.members[&(frontend.id, AFFINITY_GROUP)])).collect()
+    };
+    let of = |groups: &BTreeMap<FrontendKey, u32>, port: &[u16], ipv6: bool| -> BTreeSet<u32> {
+        let keys = groups.iter().filter(|(key, _)| port.contains(&key.port) && key.addr.is_ipv6() == ipv6);
+        keys.map(|(_, group)| *group).collect()
+    };
+    let before = groups(&node);
+    let all: Vec<BTreeSet<u32>> = [(false, &[80, 30080][..]), (true, &[80, 30080]), (false, &[81]), (true, &[81])]
+        .map(|(ipv6, ports)| of(&before, ports, ipv6))
+        .into();
+    assert!(all.iter().all(|group| group.len() == 1), "{all:?}");
+    assert_eq!(all.iter().flatten().collect::<BTreeSet<_>>().len(), 4, "{all:?}");
+
+    // A changed policy makes frontends anew, but not the group; nor does a new agent, which may meet a changed policy.
+    for policy in [TrafficPolicy::Local, TrafficPolicy::Cluster] {
+        service.external_traffic_policy = policy;
+        node.model.upsert_service(service.clone());
+        node.flush();
+        assert_eq!(of(&groups(&node), &[80, 30080], false), all[0]);
+    }
+    service.external_traffic_policy = TrafficPolicy::Local;
+    node.model.upsert_service(service.clone());
+    let (tables, ops, errors) = Tables::restore(LIMITS, &node.kernel.dump(), &node.model.all());
+    assert_eq!(errors, vec![]);
+    ops.iter().for_each(|op| node.kernel.execute(op));
+    assert_eq!(node.kernel.check(), Ok(()));
+    node.tables = tables;
+    assert_eq!(of(&groups(&node), &[80, 30080], false), all[0]);
+
+    // Only one of the frontends stays, and not the one that gave the group its name.
+    service.external_ips.clear();
+    service.load_balancer_ips.clear();
+    service.ports[0].node_port = 0;
+    node.model.upsert_service(service.clone());
+    node.flush();
+    assert_eq!(of(&groups(&node), &[80], false), all[0]);
+
+    // From tables of before there were groups: a frontend's clients stay its own's.
+    let mut old = node.kernel.clone();
+    old.members.retain(|(_, backend), _| *backend != AFFINITY_GROUP);
+    let (_, ops, _) = Tables::restore(LIMITS, &old.dump(), &node.model.all());
+    ops.iter().for_each(|op| old.execute(op));
+    assert_eq!(old.check(), Ok(()));
+    for ((frontend, backend), group) in &old.members {
+        assert!(*backend != AFFINITY_GROUP || frontend == group, "one address is left to each port and family");
+    }
+
+    node.model.delete_service(&service.name);
+    node.model.set_node(NodeInfo { name: "n1".into(), ..NodeInfo::default() });
+    node.flush();
+    assert_eq!(node.kernel, Simulated::default());
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Objects in, packets in, verdicts out: the format of the files in `scenarios/`, and what runs it.
 
+mod affinity;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
@@ -10,6 +12,7 @@ use keelway_proxy::{Backend, Forward, NodeInfo, ObjectName, Packet, Place, Verdi
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use self::affinity::Affine;
 use crate::kernel::{Did, Dsr, Kernel, NODE, REDIRECT, Source, ip, is_local_pod, is_remote_pod};
 use crate::packet::{self, ACK, SCTP, SYN, Seen, TCP, UDP};
 
@@ -127,6 +130,9 @@ struct Open {
     backend: SocketAddr,
 }
 
+/// Affinity of less than so many seconds may end between two steps.
+const LASTS: u32 = 600;
+
 /// Runs a scenario on a kernel.
 pub struct Runner<'a> {
     kernel: &'a mut Kernel,
@@ -136,6 +142,8 @@ pub struct Runner<'a> {
     services: BTreeMap<ObjectName, Service>,
     slices: BTreeMap<ObjectName, EndpointSlice>,
     flows: Vec<Open>,
+    /// The backends that clients with affinity have.
+    kept: BTreeMap<Affine, SocketAddr>,
     next_port: u16,
     /// Packets that were compared, for the record.
     pub compared: usize,
@@ -160,6 +168,7 @@ pub fn run(kernel: &mut Kernel, scenario: &Scenario) -> Result<usize, String> {
         services: BTreeMap::new(),
         slices: BTreeMap::new(),
         flows: Vec::new(),
+        kept: BTreeMap::new(),
         next_port: 10_000,
         compared: 0,
     };
@@ -280,6 +289,10 @@ impl Runner<'_> {
         let mut seen = BTreeSet::from([first]);
         let timeout = forward.affinity_seconds;
         if timeout > 0 {
+            let had = self.affine(case).and_then(|affine| self.kept.get(&affine).copied());
+            if let Some(had) = had.filter(|had| timeout >= LASTS && wanted.contains(had) && *had != first) {
+                return Err(format!("a client with affinity to {had}, by another address or from before, got {first}"));
+            }
             // The same one while the time lasts; each connection begins it anew.
             for seconds in [0, timeout.saturating_sub(2), timeout.saturating_sub(2)] {
                 self.kernel.age(case.client, seconds);
@@ -289,6 +302,9 @@ impl Runner<'_> {
                     return Err(format!("a client with affinity to {first} got {next:?} within its time"));
                 }
             }
+            self.forget(case.client);
+            self.keep(case, first);
+            self.has_by_all_addresses(case, first)?;
         }
         for _ in 0..TRIES {
             if seen == wanted {
@@ -296,9 +312,13 @@ impl Runner<'_> {
             }
             if timeout > 0 {
                 self.kernel.age(case.client, timeout + 1);
+                self.forget(case.client);
             }
             let client = self.client(case);
-            seen.extend(self.meets(case, client, SYN, verdict)?);
+            if let Some(backend) = self.meets(case, client, SYN, verdict)? {
+                seen.insert(backend);
+                self.keep(case, backend);
+            }
         }
         Err(format!("of {wanted:?} only {seen:?} got any of {TRIES} flows"))
     }
@@ -343,14 +363,17 @@ impl Runner<'_> {
         if proto != UDP {
             // A connection is for its two ends to end, whatever became of its backend in the slices.
             let wanted = if (is_known || drains.is_some() || proto == TCP) && is_served { &stays } else { &verdict };
-            self.meets(&open.case, open.client, ACK, wanted).map_err(|error| format!("its data: {error}"))?;
+            let got = self.meets(&open.case, open.client, ACK, wanted).map_err(|error| format!("its data: {error}"))?;
+            got.filter(|_| *wanted == verdict).into_iter().for_each(|got| self.keep(&open.case, got));
         }
         if proto != SCTP {
             // A connection that has not ended leaves a backend that drains for every frontend of this node, not one that only its own
             // frontend left; datagrams, of which none says that it begins a flow, one that serves their Service port no longer.
             let keeps = if proto == UDP { self.keeps(&open.case, &here) } else { drains == Some(false) };
             let wanted = if keeps && is_served { &stays } else { &verdict };
-            self.meets(&open.case, open.client, AGAIN, wanted).map_err(|error| format!("as a new flow: {error}"))?;
+            let got =
+                self.meets(&open.case, open.client, AGAIN, wanted).map_err(|error| format!("as a new flow: {error}"))?;
+            got.filter(|_| *wanted == verdict).into_iter().for_each(|got| self.keep(&open.case, got));
         }
         Ok(())
     }

@@ -94,6 +94,10 @@ pub mod backend_flags {
 /// the slot that holds it, or [`NO_SLOT`].
 pub const MEMBER_BIT: u32 = 0x8000_0000;
 
+/// In place of a backend's id in an index entry: the value is the number of the frontend's affinity group, which frontends of one
+/// Service port share. Without such an entry a frontend with affinity is a group of its own, with its id.
+pub const AFFINITY_GROUP: u32 = 0;
+
 /// No slot's number. A UDP frontend's backend with it keeps the flows that it has and gets no new ones.
 pub const NO_SLOT: u32 = u32::MAX;
 
@@ -216,7 +220,7 @@ impl SourceRangeKey {
     }
 }
 
-/// A client of a frontend with ClientIP affinity.
+/// A client of frontends with ClientIP affinity.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -224,8 +228,8 @@ impl SourceRangeKey {
 pub struct AffinityKey {
     /// The client's address.
     pub client: Addr,
-    /// [`Frontend::id`].
-    pub frontend: u32,
+    /// The number of the frontend's group, see [`AFFINITY_GROUP`].
+    pub group: u32,
     /// Zero.
     pub reserved: u32,
 }

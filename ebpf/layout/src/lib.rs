@@ -24,8 +24,8 @@ pub use count::{Counter, CounterKey, DropEvent, EndpointDropKey, HOOKS, Hook, RE
 pub use ct::{CtEntry, CtKey, FragKey, FragPorts, NatEntry, SWEEP_GRACE, SWEEP_HEADER, SWEEP_KEYS, ct_flags, scope};
 pub use endpoint::{Endpoint, endpoint_flags};
 pub use lb::{
-    Affinity, AffinityKey, Backend, From, Frontend, FrontendKey, MEMBER_BIT, NO_SLOT, NetnsPod, SlotKey, SockBackend,
-    SockFrontend, SockKey, SourceRangeKey, backend_flags, frontend_flags,
+    AFFINITY_GROUP, Affinity, AffinityKey, Backend, From, Frontend, FrontendKey, MEMBER_BIT, NO_SLOT, NetnsPod,
+    SlotKey, SockBackend, SockFrontend, SockKey, SourceRangeKey, backend_flags, frontend_flags,
 };
 pub use lpm::{Identity, PrefixKey, Tunnel, tunnel_flags};
 pub use node::{NodeConfig, NodeState, node_flags};

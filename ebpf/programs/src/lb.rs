@@ -1,7 +1,7 @@
 //! From a Service's address to a backend: the one choice that sockets and packets share.
 
 use keelway_layout::{
-    Addr, Affinity, AffinityKey, Backend, CtEntry, CtKey, From, Frontend, FrontendKey, MEMBER_BIT, NO_SLOT, Port, Reason,
+    AFFINITY_GROUP, Addr, Affinity, AffinityKey, Backend, CtEntry, CtKey, From, Frontend, FrontendKey, MEMBER_BIT, NO_SLOT, Port, Reason,
     SlotKey, SourceRangeKey, backend_flags, ct_flags, frontend_flags, node_flags, scope,
 };
 
@@ -135,13 +135,21 @@ pub fn choose(frontend: &Frontend, seed: u32) -> Option<Choice> {
     in_slot(frontend, seed % frontend.count.max(1)).or_else(|| in_slot(frontend, 0))
 }
 
+/// One for all addresses of a Service port.
+#[inline(always)]
+fn affinity_key(frontend: &Frontend, client: &Addr) -> AffinityKey {
+    // SAFETY: copied out at once.
+    let group = unsafe { SLOTS.get(SlotKey { frontend: frontend.id | MEMBER_BIT, slot: AFFINITY_GROUP }) };
+    AffinityKey { client: *client, group: group.copied().unwrap_or(frontend.id), reserved: 0 }
+}
+
 /// The slot of the backend that a client is to stay with, if it has one that still serves; else [`NO_SLOT`].
 #[inline(never)]
 pub fn kept_for(frontend: &Frontend, client: &Addr, now: u64) -> u32 {
     if frontend.affinity_seconds == 0 {
         return NO_SLOT;
     }
-    let key = AffinityKey { client: *client, frontend: frontend.id, reserved: 0 };
+    let key = affinity_key(frontend, client);
     let Some(entry) = AFFINITY.get_ptr_mut(&key) else { return NO_SLOT };
     // SAFETY: found by this lookup; single words.
     let (seen, backend) = unsafe { ((*entry).seen, (*entry).backend) };
@@ -165,7 +173,7 @@ pub fn keep_for(frontend: &Frontend, client: &Addr, backend: u32, now: u64) {
     if frontend.affinity_seconds == 0 {
         return;
     }
-    let key = AffinityKey { client: *client, frontend: frontend.id, reserved: 0 };
+    let key = affinity_key(frontend, client);
     let _ = AFFINITY.insert(key, Affinity { seen: now, backend, reserved: 0 }, 0);
 }
 

@@ -55,21 +55,27 @@ fn service() -> Value {
                 {"name": "udp", "protocol": "UDP", "port": 80, "nodePort": NODE_PORT}]}})
 }
 
-/// What has left is gone, or on its way out and still serving: neither may be chosen.
-fn slice(node: &str, addresses: &[[IpAddr; 2]; 4], allowed: [bool; 4], leave: bool, v6: bool) -> Value {
-    let endpoints: Vec<Value> = addresses
-        .iter()
-        .zip(allowed)
-        .filter(|(_, allowed)| *allowed || !leave)
-        .map(|(addresses, allowed)| {
-            json!({"addresses": [addresses[usize::from(v6)]], "nodeName": node,
-                "conditions": {"ready": allowed, "serving": true, "terminating": !allowed}})
-        })
-        .collect();
-    json!({"kind": "EndpointSlice", "addressType": if v6 { "IPv6" } else { "IPv4" },
-        "metadata": {"name": if v6 { "flap-6" } else { "flap-4" }, "namespace": "default", "labels": {"kubernetes.io/service-name": "flap"}},
-        "ports": [{"name": "tcp", "protocol": "TCP", "port": 8080}, {"name": "udp", "protocol": "UDP", "port": 8080}],
-        "endpoints": endpoints})
+/// What has left is gone, or on its way out: neither may be chosen. By TCP it still serves; by UDP it does not, since a client's port
+/// that is taken again by chance is then of a flow that may stay.
+fn slices(node: &str, addresses: &[[IpAddr; 2]; 4], allowed: [bool; 4], leave: bool, v6: bool) -> [Value; 2] {
+    [("tcp", "TCP"), ("udp", "UDP")].map(|(name, protocol)| {
+        let endpoints: Vec<Value> = addresses
+            .iter()
+            .zip(allowed)
+            .filter(|(_, allowed)| *allowed || !leave)
+            .map(|(addresses, allowed)| {
+                let serving = allowed || protocol == "TCP";
+                json!({"addresses": [addresses[usize::from(v6)]], "nodeName": node,
+                    "conditions": {"ready": allowed, "serving": serving, "terminating": !allowed}})
+            })
+            .collect();
+        let family = if v6 { "IPv6" } else { "IPv4" };
+        json!({"kind": "EndpointSlice", "addressType": family,
+            "metadata": {"name": format!("flap-{name}-{family}").to_lowercase(), "namespace": "default",
+                "labels": {"kubernetes.io/service-name": "flap"}},
+            "ports": [{"name": name, "protocol": protocol, "port": 8080}],
+            "endpoints": endpoints})
+    })
 }
 
 /// When each backend was allowed: from just before it was said to just after it was unsaid.
@@ -178,7 +184,7 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
     let mut history = Allowed::default();
     let began = now();
     (0..4).for_each(|which| history.change(which, true, began, began));
-    api.put([false, true].map(|v6| slice(&node.name, &addresses, allowed, true, v6))).unwrap();
+    api.put([false, true].map(|v6| slices(&node.name, &addresses, allowed, true, v6)).concat()).unwrap();
     // Everybody by both families, and each transport by both.
     let ways = [(From::Pod, false), (From::PodPastSockets, true), (From::Host, false), (From::Outside, true)];
     let ways = ways.map(|(from, v6)| [Way { from, udp: false, v6 }, Way { from, udp: true, v6: !v6 }]);
@@ -229,7 +235,8 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
                     allowed[which] = !allowed[which];
                     let began = now();
                     let leave = random & 256 != 0;
-                    api.put([false, true].map(|v6| slice(&node.name, addresses, *allowed, leave, v6))).unwrap();
+                    let all = [false, true].map(|v6| slices(&node.name, addresses, *allowed, leave, v6));
+                    api.put(all.concat()).unwrap();
                     history.change(which, allowed[which], began, now());
                 }
                 (number, start.elapsed())

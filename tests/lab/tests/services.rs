@@ -273,6 +273,9 @@ fn a_client_keeps_its_backend_by_affinity_while_the_service_has_it() {
         let chosen = one(&s.probe(&a, &["ask", &service, "--count", "20"]).unwrap());
         // By sockets or by packets, the client is the same.
         assert_eq!(one(&s.probe_past_sockets(&a, &["ask", &service, "--count", "20"]).unwrap()), chosen);
+        // And so is its backend whichever address it dials.
+        assert_eq!(one(&s.probe(&a, &["ask", &node, "--count", "20"]).unwrap()), chosen);
+        assert_eq!(one(&s.probe_past_sockets(&a, &["ask", &node, "--count", "20"]).unwrap()), chosen);
         // Others leave: nothing changes. It leaves: another one, and that one then.
         let without = |name: &str| -> Vec<Backend> {
             let kept = backends.iter().filter(|pod| pod.name != name);
@@ -428,6 +431,77 @@ fn connected_datagram_sockets_leave_a_backend_that_left() {
         // The move takes the time in which a changed file is seen: the last two seconds are the other's at least.
         assert!(flow.answers.get("c").is_some_and(|count| *count > 100), "{flow:?}");
         assert!(flow.answers.get("b").is_some_and(|count| *count > 20), "{flow:?}");
+    }
+}
+
+/// Of datagrams none says that it begins a flow: a flow stays with a backend on its way out for as long as that serves, and leaves at
+/// once when it does not; sockets that are not connected, and the host's, do likewise.
+#[test]
+fn datagram_flows_live_on_while_their_backend_drains_and_leave_when_it_serves_no_longer() {
+    let s = standalone_or_skip!(2);
+    let a = s.pod(1, "a", &[]).unwrap();
+    let b = s.pod(2, "b", &[]).unwrap();
+    let c = s.pod(1, "c", &[]).unwrap();
+    let spec = node_port("UDP", &json!({}));
+    s.put_service("np", &spec, &json!({}), &[Backend::pod(&s, &b)]).unwrap();
+    let node = |v6| at(of(s.node(1), v6), 30080);
+    for v6 in [false, true] {
+        eventually("served", || ask_from(&s.lab.outside, &[&node(v6), "--udp"]), |report| report.answered() == 1);
+    }
+    let probe = sh::own("keelway-probe").unwrap().display().to_string();
+    let args = |target: &str, more: &[&str]| -> Vec<String> {
+        let words = ["flow", target, "--udp", "--seconds", "12", "--rate", "20"];
+        words.iter().chain(more).map(|word| (*word).to_owned()).collect()
+    };
+    let run = |from: &str, v6: bool| -> Flowed {
+        let unconnected: &[&str] = if from.ends_with("unconnected") { &["--unconnected"] } else { &[] };
+        let words = args(&if from == "outside" { node(v6) } else { vip(v6, 80) }, unconnected);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        match from {
+            "outside" => {
+                let argv = [&[probe.as_str()], words.as_slice()].concat();
+                serde_json::from_str(&s.lab.outside.run(&argv).unwrap()).unwrap()
+            }
+            "host" | "host unconnected" => s.probe_on_node(1, &words).unwrap(),
+            "pod past sockets" => s.probe_past_sockets(&a, &words).unwrap(),
+            _ => s.probe(&a, &words).unwrap(),
+        }
+    };
+    let ways = ["outside", "pod", "pod unconnected", "pod past sockets", "host", "host unconnected"];
+    let flows: Vec<(&str, bool, Flowed)> = std::thread::scope(|scope| {
+        let flows: Vec<_> = [false, true]
+            .into_iter()
+            .flat_map(|v6| ways.map(|from| (from, v6)))
+            .map(|(from, v6)| (from, v6, scope.spawn(move || run(from, v6))))
+            .collect();
+        std::thread::sleep(Duration::from_millis(1500));
+        let leaving = |serving| [Backend::pod(&s, &b).terminating(serving), Backend::pod(&s, &c)];
+        s.put_service("np", &spec, &json!({}), &leaving(true)).unwrap();
+        eventually(
+            "moved",
+            || ask_from(&s.lab.outside, &[&node(false), "--udp"]),
+            |report| report.answers.contains_key("c"),
+        );
+        let drained = std::time::Instant::now();
+        for v6 in [false, true] {
+            answered_by(&ask_from(&s.lab.outside, &[&node(v6), "--udp", "--count", "10"]), &["c"]);
+            answered_by(&s.probe(&a, &["ask", &vip(v6, 80), "--udp", "--count", "10"]).unwrap(), &["c"]);
+            answered_by(&s.probe_on_node(1, &["ask", &vip(v6, 80), "--udp", "--count", "10"]).unwrap(), &["c"]);
+        }
+        std::thread::sleep(Duration::from_secs(4).saturating_sub(drained.elapsed()));
+        s.put_service("np", &spec, &json!({}), &leaving(false)).unwrap();
+        flows.into_iter().map(|(from, v6, flow)| (from, v6, flow.join().unwrap())).collect()
+    });
+    for (from, v6, flow) in flows {
+        // Four seconds of draining and one and a half before are 110 messages; one that had moved when it began would have half.
+        assert!(flow.answers.get("b").is_some_and(|count| *count > 95), "{from} {v6}: {flow:?}");
+        if from == "host" {
+            // Its socket is ended, once.
+            assert!(flow.failures.values().sum::<u64>() >= 1 && flow.answers.len() == 1, "{from} {v6}: {flow:?}");
+        } else {
+            assert!(flow.answers.get("c").is_some_and(|count| *count > 40), "{from} {v6}: {flow:?}");
+            assert_eq!((flow.lost(), flow.failures.len()), (0, 0), "{from} {v6}: {flow:?}");
+        }
     }
 }
 

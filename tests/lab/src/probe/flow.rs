@@ -1,7 +1,7 @@
 //! One connection, numbered messages at a steady pace, every loss counted.
 use std::collections::HashSet;
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{Shutdown, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,14 +16,16 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// The two ways of sending a line and of reading one back.
 enum Wire {
     Tcp(TcpStream),
-    Udp(UdpSocket),
+    /// With where to send to, if it is not connected.
+    Udp(UdpSocket, Option<SocketAddr>),
 }
 
 impl Wire {
     fn send(&self, line: &str) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => (&*stream).write_all(format!("{line}\n").as_bytes()),
-            Self::Udp(socket) => socket.send(line.as_bytes()).map(drop),
+            Self::Udp(socket, None) => socket.send(line.as_bytes()).map(drop),
+            Self::Udp(socket, Some(target)) => socket.send_to(line.as_bytes(), target).map(drop),
         }
     }
 }
@@ -53,7 +55,7 @@ pub(super) fn flow(wanted: &Flow) -> Result<Flowed> {
         match &wire {
             Wire::Tcp(stream) => drop(stream.shutdown(Shutdown::Write)),
             // The server's answer to this one says that nothing more is to come.
-            Wire::Udp(_) => drop(wire.send("end")),
+            Wire::Udp(..) => drop(wire.send("end")),
         }
         reader.join().expect("the reader does not panic")
     });
@@ -67,9 +69,12 @@ pub(super) fn flow(wanted: &Flow) -> Result<Flowed> {
 fn open(wanted: &Flow) -> io::Result<Wire> {
     if wanted.udp {
         let socket = UdpSocket::bind(local(wanted.target))?;
-        socket.connect(wanted.target)?;
         socket.set_read_timeout(Some(PATIENCE))?;
-        return Ok(Wire::Udp(socket));
+        if wanted.unconnected {
+            return Ok(Wire::Udp(socket, Some(wanted.target)));
+        }
+        socket.connect(wanted.target)?;
+        return Ok(Wire::Udp(socket, None));
     }
     let stream = TcpStream::connect_timeout(&wanted.target, PATIENCE)?;
     stream.set_nodelay(true)?;
@@ -108,7 +113,7 @@ fn read_answers(wire: &Wire, start: Instant, gap: Duration) -> Flowed {
                 }
             }
         }
-        Wire::Udp(socket) => {
+        Wire::Udp(socket, _) => {
             let mut buffer = [0; 2048];
             loop {
                 match socket.recv(&mut buffer) {

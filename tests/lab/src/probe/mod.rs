@@ -81,6 +81,9 @@ pub struct Flow {
     /// UDP instead of TCP.
     #[arg(long)]
     pub udp: bool,
+    /// For UDP: do not connect the socket; send with an address each time.
+    #[arg(long)]
+    pub unconnected: bool,
     /// Messages per second.
     #[arg(long, default_value_t = 200)]
     pub rate: u64,
@@ -261,7 +264,7 @@ mod tests {
             assert_eq!((report.answers.get("me"), report.wrong_source), (Some(&5), 0), "{report:?}");
         }
         for udp in [false, true] {
-            let flowed = flow::flow(&Flow { target, udp, rate: 1000, seconds: 0.3 }).unwrap();
+            let flowed = flow::flow(&Flow { target, udp, unconnected: udp, rate: 1000, seconds: 0.3 }).unwrap();
             assert!(flowed.lost() == 0 && flowed.sent >= 250 && flowed.failures.is_empty(), "{flowed:?}");
         }
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
