@@ -37,8 +37,9 @@ impl Candidate<'_> {
 
 /// The endpoints that a Service port has in all of its slices, by address and port; `ipv6` picks the family.
 ///
-/// An endpoint can be in two slices while it moves from one to the other: the readier record counts, then the one of the
-/// first slice.
+/// One address can be told of twice: by two slices, while an endpoint moves from one to the other, or of two pods, the one of which has
+/// the address of another that terminates. What terminates takes no record's place, what does not takes it, in the order of the slices'
+/// names (kube-proxy's `addEndpoints` in pkg/proxy/endpointslicecache.go, where slices come in any order).
 pub fn candidates<'a>(
     slices: impl IntoIterator<Item = &'a EndpointSlice>,
     port_name: &str,
@@ -56,22 +57,13 @@ pub fn candidates<'a>(
                 }
                 let candidate = Candidate { addr, port, endpoint };
                 match found.entry((addr, port)) {
-                    Entry::Vacant(entry) => {
-                        entry.insert(candidate);
-                    }
-                    Entry::Occupied(mut entry) if rank(&candidate) > rank(entry.get()) => {
-                        entry.insert(candidate);
-                    }
-                    Entry::Occupied(_) => {}
+                    Entry::Occupied(_) if endpoint.terminating => {}
+                    place => _ = place.insert_entry(candidate),
                 }
             }
         }
     }
     found.into_values().collect()
-}
-
-fn rank(candidate: &Candidate<'_>) -> (bool, bool) {
-    (candidate.ready(), candidate.last_resort())
 }
 
 /// The sets that a Service port's frontends choose from.

@@ -180,13 +180,12 @@ fn known<'a>(
             }
         }
     }
-    // The same backend told of twice: the record that says ready counts, then one that says terminating but serving,
-    // else the first.
+    // The same backend told of twice: the last record of one that does not terminate counts, else the first.
     let backends: BTreeSet<Backend> = all.iter().map(|(backend, _)| *backend).collect();
     let records = |backend| {
         let records: Vec<&SliceEndpoint> = all.iter().filter(|(b, _)| *b == backend).map(|(_, e)| *e).collect();
-        let best = records.iter().find(|e| e.ready).or_else(|| records.iter().find(|e| leaving(e)));
-        Some((backend, *best.or(records.first())?))
+        let stays = records.iter().rev().find(|e| !e.terminating);
+        Some((backend, *stays.or(records.first())?))
     };
     backends.into_iter().filter_map(records).collect()
 }

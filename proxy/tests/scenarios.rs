@@ -284,3 +284,34 @@ fn termination_traffic_policy_and_hints_choose() {
     node.flush();
     assert_eq!(node.backends("10.96.0.1"), set(&["Drop"]), "others have some");
 }
+
+#[test]
+fn of_two_records_of_one_address_what_does_not_terminate_counts() {
+    let mut node = Node::new();
+    node.model.upsert_service(service("ns", "web", "10.96.0.1"));
+    let record = |name: &str, ready: bool, terminating: bool| {
+        let mut slice = slice("ns", "web", &["10.0.0.1"]);
+        slice.name.name = name.into();
+        let end = &mut slice.endpoints[0];
+        (end.ready, end.serving, end.terminating) = (ready, true, terminating);
+        slice
+    };
+    // The address of a pod on its way out is another's already, which is not ready yet; in either order.
+    for [old, new] in [["web-1", "web-2"], ["web-2", "web-1"]] {
+        node.model.upsert_slice(record(old, false, true));
+        node.model.upsert_slice(record(new, false, false));
+        node.flush();
+        assert_eq!(node.backends("10.96.0.1"), set(&["Refuse"]), "{old} {new}");
+        node.model.upsert_slice(record(new, true, false));
+        node.flush();
+        assert_eq!(node.backends("10.96.0.1"), set(&["10.0.0.1"]), "{old} {new}");
+    }
+    // Of two that stay the last one counts, of two that leave the first.
+    node.model.upsert_slice(record("web-1", true, false));
+    node.model.upsert_slice(record("web-2", false, false));
+    node.flush();
+    assert_eq!(node.backends("10.96.0.1"), set(&["Refuse"]));
+    node.model.upsert_slice(record("web-2", false, true));
+    node.flush();
+    assert_eq!(node.backends("10.96.0.1"), set(&["10.0.0.1"]));
+}
