@@ -6,7 +6,7 @@
 //! and the programs let their packets pass.
 //!
 //! ```text
-//! read the tracking -> entries -> attach, with `ADOPTING`: TCP under way and unknown passes -> read again -> entries -> no `ADOPTING`
+//! read the tracking -> entries -> attach, with `ADOPTING`: connections under way and unknown pass -> read again -> entries -> no `ADOPTING`
 //! ```
 //!
 //! The second reading finds what began between the first and the attachment.

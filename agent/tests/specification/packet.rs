@@ -11,6 +11,7 @@ const ETH: usize = 14;
 
 pub const FIN: u8 = 1;
 pub const SYN: u8 = 2;
+pub const RST: u8 = 4;
 pub const ACK: u8 = 16;
 
 /// What a packet says of itself.
@@ -60,6 +61,19 @@ fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, byte)
 }
 
+/// The first chunk of an SCTP packet that is to its association what TCP's flags are to a connection (RFC 9260).
+fn chunk(flags: u8) -> u8 {
+    match flags & (FIN | SYN | RST | ACK) {
+        SYN => 1,
+        flags if flags & SYN != 0 => 2,
+        flags if flags & RST != 0 => 6,
+        // SHUTDOWN, and SHUTDOWN ACK.
+        FIN => 7,
+        flags if flags & FIN != 0 => 8,
+        _ => 0,
+    }
+}
+
 /// A transport's header and payload, checksum included.
 fn transport(src: SocketAddr, dst: SocketAddr, proto: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
     let mut l4 = [src.port().to_be_bytes(), dst.port().to_be_bytes()].concat();
@@ -75,6 +89,7 @@ fn transport(src: SocketAddr, dst: SocketAddr, proto: u8, flags: u8, payload: &[
         }
         SCTP => {
             l4.extend([0, 0, 0, 7, 0, 0, 0, 0]);
+            l4.extend([chunk(flags), 0, 0, 4]);
             8
         }
         other => panic!("no transport: {other}"),
@@ -117,7 +132,7 @@ fn ethernet(v6: bool, packet: &[u8]) -> Vec<u8> {
     [&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2], &kind[..], packet].concat()
 }
 
-/// A packet from one to the other. `flags` are TCP's.
+/// A packet from one to the other. `flags` are TCP's, and stand for SCTP's first chunk.
 pub fn flow(src: SocketAddr, dst: SocketAddr, proto: u8, flags: u8) -> Vec<u8> {
     // An odd number of bytes, so that a checksum's last word is half.
     let l4 = transport(src, dst, proto, flags, b"a payload of 23 bytes..");

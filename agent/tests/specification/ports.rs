@@ -7,19 +7,22 @@ use keelway_layout::{Hook, Reason};
 use serde_json::json;
 
 use crate::kernel::{Dsr, Kernel, NODE, REDIRECT, ip, pod};
-use crate::packet::{self, ACK, FIN, SYN, TCP, UDP};
+use crate::packet::{self, ACK, FIN, RST, SCTP, SYN, TCP, UDP};
 use crate::writes::put;
 
 const CLIENT: u8 = 2;
 const SERVER: u8 = 3;
 const NODE_PORT: u16 = 30_080;
 
-/// A Service of both protocols with one backend on this node.
+/// A Service of all protocols with one backend on this node.
 fn kernel(v6: bool) -> Option<(Kernel, [SocketAddr; 3])> {
     let mut kernel = Kernel::new()?;
     kernel.set_mode(false, Dsr::None);
     let vip = if v6 { "fd00:10:96::1" } else { "10.96.0.1" };
-    let ports = |port| json!([{"name": "t", "protocol": "TCP", "port": port, "nodePort": NODE_PORT}, {"name": "u", "protocol": "UDP", "port": port}]);
+    let ports = |port| {
+        json!([{"name": "t", "protocol": "TCP", "port": port, "nodePort": NODE_PORT},
+            {"name": "u", "protocol": "UDP", "port": port}, {"name": "s", "protocol": "SCTP", "port": port}])
+    };
     let family = if v6 { "IPv6" } else { "IPv4" };
     put(
         &mut kernel.services,
@@ -55,22 +58,26 @@ fn sent(
 
 #[test]
 fn a_connection_from_a_port_that_a_service_had_is_answered_by_whom_it_dialled() {
-    for v6 in [false, true] {
+    for (v6, proto) in [(false, TCP), (true, TCP), (false, SCTP), (true, SCTP)] {
         let Some((mut kernel, [client, vip, server])) = kernel(v6) else { return };
         let kernel = &mut kernel;
-        assert_eq!(sent(kernel, client, vip, TCP, SYN), Ok((client, server)));
-        assert_eq!(sent(kernel, server, client, TCP, SYN | ACK), Ok((vip, client)));
+        assert_eq!(sent(kernel, client, vip, proto, SYN), Ok((client, server)));
+        assert_eq!(sent(kernel, server, client, proto, SYN | ACK), Ok((vip, client)));
         // While it lasts a second one could not be told from it; what it sends itself goes on.
-        assert_eq!(sent(kernel, client, server, TCP, SYN), Err(vec![Reason::NatExhausted]));
-        assert_eq!(sent(kernel, client, vip, TCP, FIN | ACK), Ok((client, server)));
-        assert_eq!(sent(kernel, server, client, TCP, FIN | ACK), Ok((vip, client)));
+        assert_eq!(sent(kernel, client, server, proto, SYN), Err(vec![Reason::NatExhausted]));
+        assert_eq!(sent(kernel, client, vip, proto, FIN), Ok((client, server)));
+        assert_eq!(sent(kernel, client, server, proto, SYN), Err(vec![Reason::NatExhausted]), "one end is open");
+        assert_eq!(sent(kernel, server, client, proto, FIN | ACK), Ok((vip, client)));
         // The port is free again.
-        assert_eq!(sent(kernel, client, server, TCP, SYN), Ok((client, server)));
-        assert_eq!(sent(kernel, server, client, TCP, SYN | ACK), Ok((server, client)));
-        assert_eq!(sent(kernel, client, server, TCP, FIN | ACK), Ok((client, server)));
-        assert_eq!(sent(kernel, server, client, TCP, FIN | ACK), Ok((server, client)));
-        assert_eq!(sent(kernel, client, vip, TCP, SYN), Ok((client, server)));
-        assert_eq!(sent(kernel, server, client, TCP, SYN | ACK), Ok((vip, client)));
+        assert_eq!(sent(kernel, client, server, proto, SYN), Ok((client, server)));
+        assert_eq!(sent(kernel, server, client, proto, SYN | ACK), Ok((server, client)));
+        assert_eq!(sent(kernel, client, server, proto, FIN), Ok((client, server)));
+        assert_eq!(sent(kernel, server, client, proto, FIN | ACK), Ok((server, client)));
+        assert_eq!(sent(kernel, client, vip, proto, SYN), Ok((client, server)));
+        assert_eq!(sent(kernel, server, client, proto, SYN | ACK), Ok((vip, client)));
+        // What one end breaks off is over, too.
+        assert_eq!(sent(kernel, server, client, proto, RST), Ok((vip, client)));
+        assert_eq!(sent(kernel, client, server, proto, SYN), Ok((client, server)));
     }
 }
 

@@ -16,7 +16,7 @@ use self::affinity::Affine;
 use crate::kernel::{Did, Dsr, Kernel, NODE, REDIRECT, Source, ip, is_local_pod, is_remote_pod};
 use crate::packet::{self, ACK, SCTP, SYN, Seen, TCP, UDP};
 
-/// A client's SYN from a port that had a connection. Nobody but this test looks at its ECE bit.
+/// A client's SYN, or INIT, from a port that had a connection. Nobody but this test looks at its ECE bit.
 const AGAIN: u8 = SYN | 0x40;
 const OK: i32 = 0;
 const SHOT: i32 = 2;
@@ -121,6 +121,13 @@ pub fn words(verdict: &Verdict) -> String {
             backends.collect::<Vec<_>>().join(" ")
         }
     }
+}
+
+/// A host's own packets do not come back to it: what it has no socket hook for, it cannot send itself by a Service.
+fn is_to_itself(case: &Case, verdict: &Verdict) -> bool {
+    let own = ip(NODE[usize::from(case.client.is_ipv6())]);
+    let has = |to: &Forward| to.backends.iter().any(|backend| backend.addr == own);
+    case.from == From::Host && matches!(verdict, Verdict::Forward(to) if has(to))
 }
 
 /// A flow that has a backend.
@@ -249,11 +256,7 @@ impl Runner<'_> {
             {
                 return Err(named("the reference is of another opinion than the file".into()));
             }
-            // A host's own packets do not come back to it: what it has no socket hook for, it cannot send itself by a Service.
-            let own = ip(NODE[usize::from(case.client.is_ipv6())]);
-            let to_itself =
-                matches!(&verdict, Verdict::Forward(to) if to.backends.iter().any(|backend| backend.addr == own));
-            if case.from != From::Host || !to_itself {
+            if !is_to_itself(case, &verdict) {
                 self.opens(case, &verdict).map_err(named)?;
             }
         }
@@ -323,56 +326,28 @@ impl Runner<'_> {
         Err(format!("of {wanted:?} only {seen:?} got any of {TRIES} flows"))
     }
 
-    /// Whether slices still have a backend for what a case dials, in whatever condition: they keep an endpoint until it has
-    /// ended. `None` where the dialled number is that of two ports of the Service, and they have it for one.
-    fn knows(&self, case: &Case, backend: &Backend) -> Option<bool> {
-        let has = |service: &Service, name: &str| {
-            self.slices.values().any(|slice| {
-                let port = slice.ports.iter().any(|port| {
-                    port.name == name && port.port == Some(backend.port) && port.protocol.number() == backend.proto
-                });
-                let endpoint = slice.endpoints.iter().any(|e| e.addresses.first() == Some(&backend.addr));
-                slice.service == service.name.name && port && endpoint
-            })
-        };
-        let mut is_known = false;
-        for service in self.services.values() {
-            let dialled = service.ports.iter().filter(|port| {
-                [port.port, port.node_port].contains(&case.to.port()) && port.protocol.number() == case.proto()
-            });
-            let known: Vec<bool> = dialled.map(|port| has(service, &port.name)).collect();
-            if known.contains(&true) && known.contains(&false) {
-                return None;
-            }
-            is_known |= known.contains(&true);
-        }
-        Some(is_known)
-    }
-
     /// A flow of an earlier step.
     fn goes_on(&mut self, open: &Open) -> Result<(), String> {
         let verdict = self.reference(&open.case);
         let proto = open.case.proto();
         let here = Backend { addr: open.backend.ip(), port: open.backend.port(), proto };
-        let Some(is_known) = self.knows(&open.case, &here) else { return Ok(()) };
-        // Another port of the Service may keep it longer.
         let drains = self.kernel.drains(&here);
         let is_served = verdict != Verdict::NotAService;
         let stays = Forward { backends: BTreeSet::from([here]), affinity_seconds: 0, keep_source: false };
         let stays = Verdict::Forward(stays);
         if proto != UDP {
             // A connection is for its two ends to end, whatever became of its backend in the slices.
-            let wanted = if (is_known || drains.is_some() || proto == TCP) && is_served { &stays } else { &verdict };
+            let wanted = if is_served { &stays } else { &verdict };
             let got = self.meets(&open.case, open.client, ACK, wanted).map_err(|error| format!("its data: {error}"))?;
             got.filter(|_| *wanted == verdict).into_iter().for_each(|got| self.keep(&open.case, got));
         }
-        if proto != SCTP {
-            // A connection that has not ended leaves a backend that drains for every frontend of this node, not one that only its own
-            // frontend left; datagrams, of which none says that it begins a flow, one that serves their Service port no longer.
-            let keeps = if proto == UDP { self.keeps(&open.case, &here) } else { drains == Some(false) };
-            let wanted = if keeps && is_served { &stays } else { &verdict };
-            let got =
-                self.meets(&open.case, open.client, AGAIN, wanted).map_err(|error| format!("as a new flow: {error}"))?;
+        // A connection that has not ended leaves a backend that drains for every frontend of this node, not one that only its own
+        // frontend left; datagrams, of which none says that it begins a flow, one that serves their Service port no longer.
+        let keeps = if proto == UDP { self.keeps(&open.case, &here) } else { drains == Some(false) };
+        let wanted = if keeps && is_served { &stays } else { &verdict };
+        if !is_to_itself(&open.case, wanted) {
+            let got = self.meets(&open.case, open.client, AGAIN, wanted);
+            let got = got.map_err(|error| format!("as a new flow: {error}"))?;
             got.filter(|_| *wanted == verdict).into_iter().for_each(|got| self.keep(&open.case, got));
         }
         Ok(())

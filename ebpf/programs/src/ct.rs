@@ -4,7 +4,7 @@ use keelway_layout::{Addr, CtEntry, CtKey, Endpoint, NodeState, Port, Reason, ct
 
 use crate::claim;
 use crate::maps::{CONNTRACK, DRAFT, STATE};
-use crate::parse::{ACK, FIN, Packet, RST, SCTP, SYN, TCP, UDP};
+use crate::parse::{FIN, Packet, RST, SCTP, TCP, UDP};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -84,7 +84,7 @@ impl Flow {
 pub fn is_over(entry: &CtEntry, proto: u8, now: u64) -> bool {
     const CLOSED: u32 = ct_flags::FIN_FORWARD | ct_flags::FIN_REVERSE;
     const QUIET: u64 = 2 * SECOND;
-    if proto == TCP {
+    if matches!(proto, TCP | SCTP) {
         return entry.flags & ct_flags::RESET != 0 || entry.flags & CLOSED == CLOSED;
     }
     now + lifetime(proto, entry.flags) > entry.expires + QUIET
@@ -100,16 +100,14 @@ pub fn epoch() -> u32 {
 fn next_flags(flags: u32, packet: &Packet, way: Way) -> u32 {
     let mut flags = flags;
     let forward = way == Way::Forward;
-    if packet.tuple.proto == TCP {
-        if packet.tcp_flags & (SYN | ACK) == SYN && forward {
-            flags &= !(ct_flags::FIN_FORWARD | ct_flags::FIN_REVERSE | ct_flags::RESET);
-        }
-        if packet.tcp_flags & FIN != 0 {
-            flags |= if forward { ct_flags::FIN_FORWARD } else { ct_flags::FIN_REVERSE };
-        }
-        if packet.tcp_flags & RST != 0 {
-            flags |= ct_flags::RESET;
-        }
+    if packet.opens() && forward {
+        flags &= !(ct_flags::FIN_FORWARD | ct_flags::FIN_REVERSE | ct_flags::RESET);
+    }
+    if packet.flags & FIN != 0 {
+        flags |= if forward { ct_flags::FIN_FORWARD } else { ct_flags::FIN_REVERSE };
+    }
+    if packet.flags & RST != 0 {
+        flags |= ct_flags::RESET;
     }
     if forward { flags } else { flags | ct_flags::REPLIED }
 }
@@ -121,7 +119,7 @@ pub fn lifetime(proto: u8, flags: u32) -> u64 {
     let replied = flags & ct_flags::REPLIED != 0;
     SECOND
         * match proto {
-            TCP if flags & ct_flags::RESET != 0 || flags & CLOSED == CLOSED => 10,
+            TCP | SCTP if flags & ct_flags::RESET != 0 || flags & CLOSED == CLOSED => 10,
             // Linux probes an idle connection after tcp_keepalive_time, two hours, at the earliest.
             TCP if replied => 8_000,
             TCP => 60,

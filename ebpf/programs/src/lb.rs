@@ -1,15 +1,15 @@
 //! From a Service's address to a backend: the one choice that sockets and packets share.
 
 use keelway_layout::{
-    AFFINITY_GROUP, Addr, Affinity, AffinityKey, Backend, CtEntry, CtKey, From, Frontend, FrontendKey, MEMBER_BIT, NO_SLOT, Port, Reason,
-    SlotKey, SourceRangeKey, backend_flags, ct_flags, frontend_flags, node_flags, scope,
+    AFFINITY_GROUP, Addr, Affinity, AffinityKey, Backend, CtEntry, CtKey, From, Frontend, FrontendKey, MEMBER_BIT,
+    NO_SLOT, Port, Reason, SlotKey, SourceRangeKey, backend_flags, ct_flags, frontend_flags, node_flags, scope,
 };
 
 use crate::ct::{self, Flow, Way, lifetime};
 use crate::dsr;
 use crate::kernel::{lpm_get, random};
 use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, NODE, SLOTS, SOURCE_RANGES};
-use crate::parse::{ACK, Packet, SCTP, SYN, TCP, UDP};
+use crate::parse::{Packet, SCTP, TCP, UDP};
 
 const SECOND: u64 = 1_000_000_000;
 /// A service entry must not die before the flow that it leads to: it lives as the longest of them.
@@ -248,10 +248,10 @@ fn lease(proto: u8) -> u64 {
     if proto == UDP { lifetime(UDP, ct_flags::REPLIED) } else { LEASE }
 }
 
-/// Whether a packet is of a TCP connection that it does not open.
+/// Whether a packet is of a connection that it does not open.
 #[inline(always)]
 fn under_way(packet: &Packet) -> bool {
-    packet.tuple.proto == TCP && packet.tcp_flags & (SYN | ACK) != SYN
+    packet.tuple.proto != UDP && !packet.opens()
 }
 
 /// Whether a packet that nobody knows belongs to a connection that the node itself opened, from a port that is a Service's as well.
@@ -272,11 +272,12 @@ fn adopting() -> bool {
 #[inline(always)]
 fn goes_on(packet: &Packet, frontend: &Frontend, flow: Flow, asked: &mut Asked, now: u64) -> bool {
     let entry = flow.entry();
-    if entry.flags & ct_flags::STACK != 0 && packet.tuple.proto != UDP {
+    let datagram = packet.tuple.proto == UDP;
+    if entry.flags & ct_flags::STACK != 0 && !datagram {
         // Whoever it was given to, its tracking knows; it begins nothing new.
-        return packet.tuple.proto != TCP || under_way(packet);
+        return under_way(packet);
     }
-    let opens = packet.tuple.proto == UDP || (packet.tuple.proto == TCP && packet.tcp_flags & (SYN | ACK) == SYN);
+    let opens = !under_way(packet);
     if opens && entry.flags & ct_flags::DSR != 0 && !dsr::is_taken_by_node_of(&entry.nat_addr) {
         return false;
     }
@@ -285,20 +286,20 @@ fn goes_on(packet: &Packet, frontend: &Frontend, flow: Flow, asked: &mut Asked, 
     let stays = match backend.filter(|backend| backend.addr == entry.nat_addr && backend.port == entry.nat_port) {
         // It may be another Service's, and no longer this one's; and while this one has it serving, a flow may stay though new ones
         // go elsewhere.
-        Some(_) if packet.tuple.proto == UDP => {
+        Some(_) if datagram => {
             frontend.flags & (frontend_flags::INDEXED | frontend_flags::REFUSE) == 0
                 || is_member(frontend, entry.backend)
         }
         Some(backend) => backend.flags & backend_flags::DRAINING == 0 || !opens,
         // It left the Service altogether. A connection is for its two ends to end; nobody else knows it.
-        None => packet.tuple.proto == TCP && !opens,
+        None => !opens,
     };
     if !stays {
         return false;
     }
     asked.backend = (entry.nat_addr, entry.nat_port);
     // A port that a client takes again begins a new connection. One that nobody has answered yet asks on where it asked.
-    packet.tuple.proto != TCP || !opens || is_up(&packet.tuple, &asked.backend, asked.incarnation, now)
+    datagram || !opens || is_up(&packet.tuple, &asked.backend, asked.incarnation, now)
 }
 
 /// Whether a frontend with an index has the backend, in a slot or for the flows that it has.

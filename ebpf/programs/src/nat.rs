@@ -41,9 +41,9 @@ fn touch(entry: *mut NatEntry, packet: &Packet, replied: bool, now: u64) {
         if replied {
             flags |= ct_flags::REPLIED;
         }
-        if packet.tuple.proto == TCP && packet.tcp_flags & (RST | FIN) != 0 {
+        if packet.flags & (RST | FIN) != 0 {
             // Half-closed connections stay known by the pod's own entry; here the port is wanted back soon.
-            flags |= if packet.tcp_flags & RST != 0 {
+            flags |= if packet.flags & RST != 0 {
                 ct_flags::RESET
             } else if replied {
                 ct_flags::FIN_REVERSE

@@ -67,7 +67,8 @@ pub struct Packet {
     /// Whether the transport header is in this packet (not in a later fragment).
     pub has_l4: bool,
     pub kind: Kind,
-    pub tcp_flags: u8,
+    /// TCP's flags; of SCTP what comes nearest to its first chunk ([`of_association`]).
+    pub flags: u8,
 }
 
 impl Packet {
@@ -86,8 +87,33 @@ impl Packet {
         v6: false,
         has_l4: true,
         kind: Kind::Flow,
-        tcp_flags: 0,
+        flags: 0,
     };
+
+    /// Whether it opens a connection or an association.
+    #[inline(always)]
+    pub const fn opens(&self) -> bool {
+        self.flags & (SYN | ACK) == SYN
+    }
+}
+
+/// What a packet with this first chunk does to its association, in TCP's words (RFC 9260, sections 3.3 and 9).
+#[inline(always)]
+const fn of_association(chunk: u8) -> u8 {
+    const INIT: u8 = 1;
+    const INIT_ACK: u8 = 2;
+    const ABORT: u8 = 6;
+    const SHUTDOWN: u8 = 7;
+    const SHUTDOWN_ACK: u8 = 8;
+    const SHUTDOWN_COMPLETE: u8 = 14;
+    match chunk {
+        INIT => SYN,
+        INIT_ACK => SYN | ACK,
+        // Each side sends one of the two when it has nothing more to send or to hear.
+        SHUTDOWN | SHUTDOWN_ACK => FIN | ACK,
+        ABORT | SHUTDOWN_COMPLETE => RST,
+        _ => ACK,
+    }
 }
 
 /// Parses the packet behind its Ethernet header.
@@ -240,7 +266,7 @@ fn later_fragment(packet: &mut Packet, id: u32) -> Result<(), Reason> {
 #[inline(always)]
 fn ports(frame: impl Frame, packet: &mut Packet) -> Result<(), Reason> {
     match packet.tuple.proto {
-        TCP => {
+        TCP | SCTP => {
             // Errors show only eight bytes of the header, and nobody asks for the flags there.
             let words: [u16; 7] = match frame.load(packet.l4) {
                 Ok(words) => words,
@@ -251,9 +277,10 @@ fn ports(frame: impl Frame, packet: &mut Packet) -> Result<(), Reason> {
             };
             packet.tuple.sport = Port::from_be(words[0]);
             packet.tuple.dport = Port::from_be(words[1]);
-            packet.tcp_flags = words[6].to_ne_bytes()[1];
+            let [chunk, flags] = words[6].to_ne_bytes();
+            packet.flags = if packet.tuple.proto == TCP { flags } else { of_association(chunk) };
         }
-        UDP | SCTP => {
+        UDP => {
             let words: [u16; 2] = frame.load(packet.l4)?;
             packet.tuple.sport = Port::from_be(words[0]);
             packet.tuple.dport = Port::from_be(words[1]);

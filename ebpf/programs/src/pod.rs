@@ -52,7 +52,7 @@ pub fn ingress(skb: Skb, packet: &mut Packet, account: &mut Account) -> Result<i
         } else if let Some(flow) = ct::find_for(&packet.tuple, scope::IN, Way::Reverse, sender, now) {
             admit_known(flow, scope::IN, Way::Reverse, sender, packet, now, account)?;
             if let Some((addr, port)) = flow.dialled() {
-                if packet.tcp_flags & (FIN | RST) != 0 {
+                if packet.flags & (FIN | RST) != 0 {
                     service::backend_ended(packet, now);
                 }
                 rewrite::packet(skb, packet, Side::Source, addr, port)?;
@@ -74,9 +74,9 @@ fn supersedes(packet: &Packet, flow: Flow, now: u64) -> Result<bool, Reason> {
     }
     match packet.tuple.proto {
         UDP => Ok(true),
-        TCP if packet.tcp_flags & (SYN | ACK) != SYN => Ok(false),
+        TCP | SCTP if !packet.opens() => Ok(false),
         proto if flow.is_over(proto, now) => Ok(true),
-        TCP => Err(Reason::NatExhausted),
+        TCP | SCTP => Err(Reason::NatExhausted),
         _ => Ok(false),
     }
 }

@@ -41,7 +41,7 @@ fn translate(skb: Skb, packet: &mut Packet, now: u64, account: &mut Account) -> 
             packet.tuple.dst = asked.backend.0;
             packet.tuple.dport = asked.backend.1;
             remember(packet, account.dialled, now)?;
-            if packet.tcp_flags & FIN != 0 {
+            if packet.flags & FIN != 0 {
                 // The backend's is not to be seen here. Whether the ports are free for another connection its node knows.
                 client_ended(packet, now);
             }
