@@ -156,8 +156,8 @@ pub struct Flags {
     #[arg(long, value_name = "FIRST-LAST", help_heading = "Network")]
     pub snat_ports: Option<Text>,
 
-    /// Addresses of the node on which node ports answer: all, primary (those of the Node object), or prefixes of them.
-    /// [default: all]
+    /// Addresses of the node on which node ports answer: all, primary (those of the Node object), or those in prefixes, of a
+    /// family without any all. [default: all]
     #[arg(long, value_name = "CIDR,...", help_heading = "Network")]
     pub nodeport_addresses: Option<Text>,
 

@@ -161,3 +161,18 @@ fn subcommands() {
     let install = Cli::parse_from(["keelway-agent", "install-cni", "--bin-dir", "/b"]);
     assert!(matches!(install.command, Some(Command::InstallCni(args)) if args.bin_dir == Path::new("/b")));
 }
+
+#[test]
+fn node_port_addresses_are_told_for_each_family() {
+    let all = |text: &str| {
+        let addresses = both(&["--nodeport-addresses", text], "").unwrap().nodeport_addresses;
+        [addresses.is_all(false), addresses.is_all(true)]
+    };
+    assert_eq!(all("all"), [true, true]);
+    assert_eq!(all("primary"), [false, false]);
+    assert_eq!(all("10.0.0.0/8"), [false, true], "nothing is said of IPv6");
+    assert_eq!(all("fd00::/8"), [true, false]);
+    assert_eq!(all("10.0.0.0/8,fd00::/8"), [false, false]);
+    assert_eq!(all("10.0.0.0/8, 0.0.0.0/0, fd00::/8"), [true, false], "all of a family is all of it");
+    assert_eq!(all("0.0.0.0/0"), [true, true]);
+}
