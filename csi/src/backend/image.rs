@@ -36,13 +36,13 @@ pub struct Images {
     pool: Arc<Pool>,
     /// Whether files of the pool can share blocks.
     shares: bool,
-    /// When it was asked how much a file shares, and what came of it.
+    /// How much a file shares, and until when that is known.
     sharing: Arc<Mutex<BTreeMap<String, (Instant, u64)>>>,
 }
 
-/// How long it is known how much a file shares. To ask takes as long as the file has extents. What it shares only becomes less
-/// with time: it is counted too high meanwhile, never too low, for whatever comes to share its blocks is a new file.
-const KNOWN: Duration = Duration::from_secs(30);
+/// How long it is known how much a file shares, at least, and how many times as long as it took to ask: that takes as long as the
+/// file has extents. What it shares only becomes less with time: it is counted too high meanwhile, never too low, for whatever comes to share its blocks is a new file.
+const KNOWN: (Duration, u32) = (Duration::from_secs(30), 100);
 
 impl Images {
     /// Images in this pool. What its filesystem can is tried out.
@@ -157,15 +157,16 @@ impl Images {
             return Ok(0);
         }
         let sharing = || self.sharing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&(at, bytes)) = sharing().get(name)
-            && at.elapsed() < KNOWN
+        let start = Instant::now();
+        if let Some(&(until, bytes)) = sharing().get(name)
+            && start < until
         {
             return Ok(bytes);
         }
         let bytes = copy::shared_bytes(file).context(|| format!("ask what {name} shares"))?;
         let mut sharing = sharing();
-        sharing.retain(|_, (at, _)| at.elapsed() < KNOWN);
-        sharing.insert(name.to_owned(), (Instant::now(), bytes));
+        sharing.retain(|_, &mut (until, _)| start < until);
+        sharing.insert(name.to_owned(), (Instant::now() + KNOWN.0.max(start.elapsed() * KNOWN.1), bytes));
         Ok(bytes)
     }
 }
