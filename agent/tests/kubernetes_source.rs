@@ -283,6 +283,7 @@ async fn outages_deletions_and_failover() {
     seen.synced().await;
     for (kind, name) in [
         (Kind::Node, "n1"),
+        (Kind::ServiceCidr, "kubernetes"),
         (Kind::Namespace, "default"),
         (Kind::Service, "web"),
         (Kind::EndpointSlice, "web-1"),

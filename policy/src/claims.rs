@@ -16,6 +16,7 @@ pub(crate) enum Claimant {
     Endpoint(String),
     Pod(ObjectName),
     PodCidr(String),
+    ServiceCidr(String),
 }
 
 impl Claimant {
@@ -26,6 +27,7 @@ impl Claimant {
             Self::Endpoint(_) => 2,
             Self::Pod(_) => 3,
             Self::PodCidr(_) => 4,
+            Self::ServiceCidr(_) => 5,
         }
     }
 }

@@ -39,6 +39,7 @@ impl Model {
             identity::REMOTE_NODE => "remote-node".to_owned(),
             identity::WORLD => "world".to_owned(),
             identity::UNKNOWN_POD => "unknown-pod".to_owned(),
+            identity::SERVICES => "services".to_owned(),
             id if id & identity::CIDR_BIT != 0 => format!("cidr {}", id & !identity::CIDR_BIT),
             id => self.identities.name(id).map_or_else(|| format!("unused identity {id}"), str::to_owned),
         }

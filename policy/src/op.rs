@@ -19,6 +19,8 @@ pub mod identity {
     pub const WORLD: u32 = 3;
     /// An address of a pod CIDR at which no pod is known, or at which two different ones claim to be.
     pub const UNKNOWN_POD: u32 = 4;
+    /// In a range of Services' addresses: nobody is there but by a Service.
+    pub const SERVICES: u32 = 5;
     /// The first identity of a pod.
     pub const FIRST_POD: u32 = 256;
     /// Set in a CIDR peer id.

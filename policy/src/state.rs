@@ -72,6 +72,7 @@ pub struct Model {
     namespaces: BTreeMap<String, Labels>,
     pods: BTreeMap<ObjectName, PodEntry>,
     nodes: BTreeMap<String, Node>,
+    service_cidrs: BTreeMap<String, BTreeSet<IpNet>>,
     endpoints: BTreeMap<String, EndpointEntry>,
     endpoints_by_pod: BTreeMap<ObjectName, BTreeSet<String>>,
     pub(crate) policies: BTreeMap<ObjectName, Entry>,
@@ -93,6 +94,7 @@ impl Model {
             namespaces: BTreeMap::new(),
             pods: BTreeMap::new(),
             nodes: BTreeMap::new(),
+            service_cidrs: BTreeMap::new(),
             endpoints: BTreeMap::new(),
             endpoints_by_pod: BTreeMap::new(),
             policies: BTreeMap::new(),
@@ -166,6 +168,18 @@ impl Model {
     pub fn delete_node(&mut self, name: &str) {
         for ((prefix, claimant), _) in self.nodes.remove(name).iter().flat_map(node_claims) {
             self.claims.remove(prefix, &claimant);
+        }
+    }
+
+    /// The ranges of Services' addresses of that name are these, and no others.
+    pub fn set_service_cidrs(&mut self, name: &str, cidrs: &[IpNet]) {
+        let claimant = Claimant::ServiceCidr(name.to_owned());
+        let new: BTreeSet<IpNet> = cidrs.iter().map(IpNet::trunc).collect();
+        let old = self.service_cidrs.insert(name.to_owned(), new.clone()).unwrap_or_default();
+        old.difference(&new).for_each(|cidr| self.claims.remove(*cidr, &claimant));
+        new.difference(&old).for_each(|cidr| self.claims.set(*cidr, claimant.clone(), identity::SERVICES));
+        if new.is_empty() {
+            self.service_cidrs.remove(name);
         }
     }
 

@@ -368,3 +368,30 @@ fn a_namespace_with_new_labels_stays_reachable_between_any_two_writes() {
     assert!(watch(&mut agent, "10.244.2.2", true) > 3);
     assert_eq!(agent.kernel.rules.len(), 1, "the old identities' rules are gone");
 }
+
+/// A range of Services' addresses is known as that while somebody names it, and pods' and nodes' claims of the very prefix win.
+#[test]
+fn ranges_of_services_are_nobodys() {
+    let mut agent = Agent::new(CONFIG);
+    let of = |agent: &Agent, address: &str| agent.kernel.identity(addr(address));
+    let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<ipnet::IpNet>>();
+    agent.model.set_service_cidrs("kubernetes", &ranges(&["10.96.0.0/16", "fd00:10:96::/112"]));
+    agent.model.set_service_cidrs("more", &ranges(&["10.97.0.0/24", "10.96.0.0/16"]));
+    agent.model.upsert_node(node("n1", true, "10.96.0.9", "10.244.1.0/24"));
+    agent.flush();
+    for (address, wanted) in [
+        ("10.96.1.1", identity::SERVICES),
+        ("10.97.0.1", identity::SERVICES),
+        ("fd00:10:96::7", identity::SERVICES),
+        ("10.96.0.9", identity::HOST),
+        ("10.98.0.1", identity::WORLD),
+    ] {
+        assert_eq!(of(&agent, address), wanted, "{address}");
+    }
+    agent.model.set_service_cidrs("kubernetes", &[]);
+    agent.flush();
+    assert_eq!(of(&agent, "10.96.1.1"), identity::SERVICES, "the other names it too");
+    agent.model.set_service_cidrs("more", &ranges(&["10.97.0.0/24"]));
+    agent.flush();
+    assert_eq!([of(&agent, "10.96.1.1"), of(&agent, "10.97.0.1")], [identity::WORLD, identity::SERVICES]);
+}

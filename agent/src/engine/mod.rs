@@ -375,6 +375,7 @@ impl Engine {
                 let name = || ObjectName::new(reference.namespace.clone(), reference.name.clone());
                 match reference.kind {
                     Kind::Node => self.node_gone(&reference.name),
+                    Kind::ServiceCidr => self.policies.model.set_service_cidrs(&reference.name, &[]),
                     Kind::Namespace => self.policies.model.delete_namespace(&reference.name),
                     Kind::Service => {
                         self.services.service_gone(&reference.namespace, &reference.name);
@@ -405,6 +406,7 @@ impl Engine {
     fn upsert(&mut self, object: Object) {
         match object {
             Object::Node(node) => self.node_changed(node),
+            Object::ServiceCidr(range) => self.policies.model.set_service_cidrs(&range.name, &range.cidrs),
             Object::Namespace(namespace) => self.policies.model.upsert_namespace(namespace),
             Object::Service(service) => {
                 self.services.model.upsert_service(service);

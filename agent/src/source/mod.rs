@@ -28,6 +28,8 @@ pub const CHANNEL_CAPACITY: usize = 1024;
 pub enum Kind {
     /// v1 Node.
     Node,
+    /// networking.k8s.io/v1 ServiceCIDR.
+    ServiceCidr,
     /// v1 Namespace.
     Namespace,
     /// v1 Service.
@@ -42,13 +44,21 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Node, Self::Namespace, Self::Service, Self::EndpointSlice, Self::NetworkPolicy, Self::Pod];
+    pub const ALL: [Self; 7] = [
+        Self::Node,
+        Self::ServiceCidr,
+        Self::Namespace,
+        Self::Service,
+        Self::EndpointSlice,
+        Self::NetworkPolicy,
+        Self::Pod,
+    ];
 
     /// As in an object's `kind`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Node => "Node",
+            Self::ServiceCidr => "ServiceCIDR",
             Self::Namespace => "Namespace",
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
@@ -61,6 +71,7 @@ impl Kind {
     pub const fn plural(self) -> &'static str {
         match self {
             Self::Node => "nodes",
+            Self::ServiceCidr => "servicecidrs",
             Self::Namespace => "namespaces",
             Self::Service => "services",
             Self::EndpointSlice => "endpointslices",
@@ -71,7 +82,12 @@ impl Kind {
 
     /// Whether its objects live outside of namespaces.
     pub const fn is_cluster_scoped(self) -> bool {
-        matches!(self, Self::Node | Self::Namespace)
+        matches!(self, Self::Node | Self::ServiceCidr | Self::Namespace)
+    }
+
+    /// Whether an API server may have no such kind: ServiceCIDR is from Kubernetes 1.33 on.
+    pub const fn is_optional(self) -> bool {
+        matches!(self, Self::ServiceCidr)
     }
 }
 
@@ -119,6 +135,15 @@ pub struct Node {
     pub eligible: bool,
 }
 
+/// A ServiceCIDR.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceCidr {
+    /// Its name.
+    pub name: String,
+    /// `spec.cidrs`.
+    pub cidrs: Vec<IpNet>,
+}
+
 /// When an object changed, for metrics. It is no part of the object: any two are equal.
 #[derive(Clone, Copy, Debug)]
 pub struct Times {
@@ -148,6 +173,8 @@ impl Eq for Times {}
 pub enum Object {
     /// v1 Node.
     Node(Node),
+    /// networking.k8s.io/v1 ServiceCIDR.
+    ServiceCidr(ServiceCidr),
     /// v1 Namespace.
     Namespace(policy::Namespace),
     /// v1 Service.
@@ -165,6 +192,7 @@ impl Object {
     pub fn reference(&self) -> ObjectRef {
         let (kind, namespace, name) = match self {
             Self::Node(node) => (Kind::Node, "", &node.name),
+            Self::ServiceCidr(range) => (Kind::ServiceCidr, "", &range.name),
             Self::Namespace(namespace) => (Kind::Namespace, "", &namespace.name),
             Self::Service(service) => (Kind::Service, &*service.name.namespace, &service.name.name),
             Self::EndpointSlice(slice, _) => (Kind::EndpointSlice, &*slice.name.namespace, &slice.name.name),

@@ -160,6 +160,8 @@ impl Kernel {
         for (net, bits) in POD_NETS {
             is(PrefixKey::new(ip(net).into(), bits), identity::UNKNOWN_POD);
         }
+        is(PrefixKey::new(ip("10.96.1.0").into(), 120), identity::SERVICES);
+        is(PrefixKey::new(ip("fd00:10:96:1::").into(), 64), identity::SERVICES);
         for v6 in [false, true] {
             is(PrefixKey::host(ip(NODE[usize::from(v6)]).into()), identity::HOST);
             is(PrefixKey::host(ip(OTHER_NODE[usize::from(v6)]).into()), identity::REMOTE_NODE);

@@ -132,3 +132,19 @@ fn an_echo_request_to_a_service_is_refused() {
         }
     }
 }
+
+/// An address of the Services' range that no Service has leads nowhere: out of the node it would come back, or leave the cluster.
+#[test]
+fn what_is_for_no_service_of_the_range_is_dropped() {
+    for v6 in [false, true] {
+        let Some((mut kernel, [client, ..])) = kernel(v6) else { return };
+        let nobody = SocketAddr::new(ip(if v6 { "fd00:10:96:1::7" } else { "10.96.1.7" }), 80);
+        let outside = SocketAddr::new(ip(if v6 { "2001:db8:1::1" } else { "203.0.113.1" }), 40_000);
+        for (hook, from) in [(Hook::PodIngress, client), (Hook::NodeIngress, outside)] {
+            for proto in [TCP, UDP] {
+                let did = kernel.run(hook, &packet::flow(from, nobody, proto, SYN));
+                assert_eq!((did.run.verdict, &did.counted[..]), (2, &[Reason::NoEndpoint][..]), "{hook:?} {proto}");
+            }
+        }
+    }
+}

@@ -14,6 +14,8 @@ pub mod identity {
     pub const WORLD: u32 = 3;
     /// Inside a pod CIDR, of no pod that is known here.
     pub const UNKNOWN_POD: u32 = 4;
+    /// In a range of Services' addresses.
+    pub const SERVICES: u32 = 5;
     /// The first number given to a set of labels.
     pub const FIRST_POD: u32 = 256;
     /// Set in the numbers that stand for a set of `ipBlock` rules.

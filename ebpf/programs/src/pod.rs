@@ -94,6 +94,8 @@ fn open(
     let mut dialled = (Addr::UNSPECIFIED, Port::NONE);
     let mut asked = Asked::by(Client::Pod, sender.incarnation);
     match lb::for_packet(packet, &mut asked, now)? {
+        // Where a Service is not any more, or never was: the way out of the node would only lead back.
+        Outcome::Other if service::is_nobodys(packet, Client::Pod) => return Err(Reason::NoEndpoint),
         Outcome::Other => {}
         Outcome::Refused => {
             count(account.hook, Reason::NoBackend, skb.len());

@@ -82,6 +82,13 @@ fn is_no_pod(addr: &Addr) -> bool {
     who != identity::UNKNOWN_POD && who < identity::FIRST_POD
 }
 
+/// Whether a packet is for an address that could only be a Service's, and is none's.
+#[inline(never)]
+pub fn is_nobodys(packet: &Packet, client: Client) -> bool {
+    let to = &packet.tuple;
+    identity_of(&to.dst) == identity::SERVICES && lb::dial(&to.dst, to.dport, to.proto, client).is_none()
+}
+
 /// Whether an address is any of the host's own.
 #[inline(never)]
 pub fn is_hosts(addr: &Addr) -> bool {
@@ -100,7 +107,10 @@ pub fn arrive(
 ) -> Result<i32, Reason> {
     account.client = client;
     match translate(skb, packet, now, account)? {
-        Outcome::Other => return Ok(OK),
+        Outcome::Other => {
+            let for_us = packet.tuple.dst == node_addr(node, packet.v6);
+            return if !for_us && is_nobodys(packet, client) { Err(Reason::NoEndpoint) } else { Ok(OK) };
+        }
         Outcome::Refused => {
             count(account.hook, Reason::NoBackend, skb.len());
             return refuse::port_unreachable_back(skb, packet);

@@ -476,3 +476,32 @@ fn an_address_that_two_services_want_has_one_of_them_and_then_the_other() {
     })
     .unwrap();
 }
+
+/// Once a Service is gone, what is sent to its address leads nowhere, and out of the node least of all.
+#[test]
+fn an_address_of_the_services_range_is_nobody_elses() {
+    let Some(site) = Site::new(1) else { return };
+    let s = &site.s;
+    let spec = json!({"clusterIP": VIPS[0], "clusterIPs": VIPS, "ports": [{"port": 80, "targetPort": 8080}]});
+    s.put_service("web", &spec, &json!({}), &[Backend::pod(s, &site.a)]).unwrap();
+    let range = json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
+        "spec": {"cidrs": ["10.96.0.0/16", "fd00:10:96::/112"]}});
+    s.put_objects("range", &[range]).unwrap();
+    site.served(&INSIDE, VIPS, 80, &[], &["a"]);
+    s.remove_file("service-web").unwrap();
+    let dropped = || {
+        let drops = s.status(1).unwrap()["drops"].as_array().unwrap().clone();
+        let of = |drop: &&Value| drop["reason"] == "no-endpoint" && drop["hook"] == "pod-ingress";
+        drops.iter().filter(of).filter_map(|drop| drop["packets"].as_u64()).sum::<u64>()
+    };
+    for vip in VIPS {
+        let target = SocketAddr::new(vip.parse().unwrap(), 80);
+        wait_for("nobody is there", SOON, || {
+            let before = dropped();
+            let asked = site.ask(From::Pod, target, &["--timeout", "500"]);
+            anyhow::ensure!(asked.answered() == 0 && dropped() > before, "{asked:?}, {before} before");
+            Ok(())
+        })
+        .unwrap();
+    }
+}

@@ -1,10 +1,10 @@
 //! Nodes, Namespaces and Pods.
 
-use k8s_openapi::api::core::v1;
+use k8s_openapi::api::{core::v1, networking};
 use keelway_policy::model;
 
 use super::{ConvertError, Protocol, address, name, namespace_of, port, prefix, protocol};
-use crate::source::Node;
+use crate::source::{Node, ServiceCidr};
 
 /// The cluster autoscaler's sign that a node is about to go; load balancers should stop sending to it.
 const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
@@ -30,6 +30,18 @@ pub fn node(node: &v1::Node) -> Result<Node, ConvertError> {
         pod_cidrs: pod_cidrs.iter().map(|cidr| prefix("spec.podCIDRs[]", cidr)).collect::<Result<_, _>>()?,
         labels: node.metadata.labels.clone().unwrap_or_default(),
         eligible: node.metadata.deletion_timestamp.is_none() && taints.iter().all(|taint| taint.key != TO_BE_DELETED),
+    })
+}
+
+/// A ServiceCIDR.
+///
+/// # Errors
+/// The first field that cannot be used.
+pub fn service_cidr(range: &networking::v1::ServiceCIDR) -> Result<ServiceCidr, ConvertError> {
+    let cidrs = range.spec.as_ref().and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
+    Ok(ServiceCidr {
+        name: name(&range.metadata)?,
+        cidrs: cidrs.iter().map(|cidr| prefix("spec.cidrs[]", cidr)).collect::<Result<_, _>>()?,
     })
 }
 

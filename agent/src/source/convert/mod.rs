@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-pub use cluster::{namespace, node, pod};
+pub use cluster::{namespace, node, pod, service_cidr};
 pub use policy::{deny_all, network_policy};
 pub use service::{endpoint_slice, service};
 

@@ -124,6 +124,13 @@ impl Source for Kubernetes {
                 no_fallback
             ),
             all.clone().run(
+                Kind::ServiceCidr,
+                Api::<networking::ServiceCIDR>::all(client.clone()),
+                "",
+                |range| { convert::service_cidr(range).map(Object::ServiceCidr).map(Some) },
+                no_fallback
+            ),
+            all.clone().run(
                 Kind::Namespace,
                 Api::<v1::Namespace>::all(client.clone()),
                 "",

@@ -18,6 +18,9 @@ use crate::source::{Event, Kind, Object, ObjectRef, Status};
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
+/// When an API server is asked again for a kind that it does not have.
+const LOOK_AGAIN: Duration = Duration::from_secs(300);
+
 /// Where watches deliver.
 #[derive(Clone)]
 pub(super) struct Watch {
@@ -94,6 +97,21 @@ impl Watch {
                     config.initial_list_strategy = InitialListStrategy::ListWatch;
                     break;
                 }
+                if kind.is_optional()
+                    && let Some(code) = refusal(&error)
+                {
+                    // Nothing waits for it. A server that lacks it may be replaced by a newer one, a role be mended.
+                    if state.is_without().await.is_err() {
+                        return;
+                    }
+                    if code == 404 {
+                        tracing::debug!(%kind, "the API server has no such kind");
+                        tokio::select! {
+                            () = tokio::time::sleep(spread(LOOK_AGAIN)) => continue,
+                            () = self.events.closed() => return,
+                        }
+                    }
+                }
                 if status.problem(kind.as_str(), words(&error)) {
                     tracing::warn!(%kind, error = %words(&error), "watch failed; what is known stays in force");
                 }
@@ -150,6 +168,20 @@ impl<Convert, Fallback> State<Convert, Fallback> {
             }
         }
         self.watch.status.set_objects(self.kind, self.known.len());
+        Ok(())
+    }
+
+    /// There is no list of this kind to be had.
+    async fn is_without(&mut self) -> Result<(), Closed> {
+        self.listed = None;
+        let vanished: Vec<ObjectRef> = self.known.iter().cloned().collect();
+        for reference in vanished {
+            self.forget(reference).await?;
+        }
+        if !self.watch.status.kind(self.kind).synced {
+            self.watch.send(Event::Synced(self.kind)).await?;
+            self.watch.status.set_synced(self.kind);
+        }
         Ok(())
     }
 
@@ -210,6 +242,17 @@ impl<Convert, Fallback> State<Convert, Fallback> {
             namespace: metadata.namespace.clone().unwrap_or_default(),
             name: metadata.name.clone().unwrap_or_default(),
         }
+    }
+}
+
+/// The code of an answer that the kind is not there or not for us.
+fn refusal(error: &watcher::Error) -> Option<u16> {
+    use watcher::Error::{InitialListFailed, WatchStartFailed};
+    match error {
+        InitialListFailed(::kube::Error::Api(status)) | WatchStartFailed(::kube::Error::Api(status)) => {
+            Some(status.code).filter(|code| matches!(code, 403 | 404))
+        }
+        _ => None,
     }
 }
 

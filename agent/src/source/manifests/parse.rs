@@ -64,6 +64,9 @@ fn collect(value: Value, place: &str, found: &mut Vec<(ObjectRef, Option<Object>
     }
     let one = match (version.as_str(), kind.as_str()) {
         ("v1", "Node") => typed(value, Kind::Node, place, |node| convert::node(node).map(Object::Node).map(Some)),
+        ("networking.k8s.io/v1", "ServiceCIDR") => typed(value, Kind::ServiceCidr, place, |range| {
+            convert::service_cidr(range).map(Object::ServiceCidr).map(Some)
+        }),
         ("v1", "Namespace") => typed(value, Kind::Namespace, place, |namespace| {
             convert::namespace(namespace).map(Object::Namespace).map(Some)
         }),
@@ -80,7 +83,7 @@ fn collect(value: Value, place: &str, found: &mut Vec<(ObjectRef, Option<Object>
         }),
         _ => Err(format!(
             "{place}kind: {kind:?} of apiVersion {version:?} is not one of v1 Node, Namespace, Service, Pod or List, \
-             discovery.k8s.io/v1 EndpointSlice, networking.k8s.io/v1 NetworkPolicy"
+             discovery.k8s.io/v1 EndpointSlice, networking.k8s.io/v1 NetworkPolicy or ServiceCIDR"
         )),
     };
     found.push(one?);
