@@ -183,10 +183,12 @@ fn as_a_pod(program: &str, args: &[&str]) -> bool {
 async fn subvolumes_that_a_pod_makes_are_told_of_and_go_with_its_volume() {
     let mut driver = Driver::on("btrfs", 1024).with(&["--backends=btrfs"]);
     driver.start();
-    // Since nothing holds them to a limit, a class has to say that it knows.
-    let plain = create("a", 16 * MIB, &mount(""), &[("backend", "btrfs")]);
-    let refused = driver.controller().await.create_volume(plain).await.unwrap_err();
+    // Since nothing holds them to a limit, a class that wants more than a quota is refused; one that says nothing gets that.
+    let all = create("a", 16 * MIB, &mount(""), &[("backend", "btrfs"), ("capacity", "enforced")]);
+    let refused = driver.controller().await.create_volume(all).await.unwrap_err();
     assert!(refused.code() == Code::InvalidArgument && refused.message().contains("quota"), "{refused}");
+    let plain = made(&driver, "plain", 16 * MIB, &[("backend", "btrfs")], None).await;
+    driver.controller().await.delete_volume(plain.delete()).await.unwrap();
 
     let first = made(&driver, "first", 16 * MIB, BTRFS, None).await;
     bring(&driver, &first).await;

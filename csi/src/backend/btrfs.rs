@@ -1,7 +1,7 @@
 //! Volumes as subvolumes of the pool's btrfs, each with a limit; snapshots are subvolumes that refuse writes.
 //!
 //! The limit is a subvolume's own. Whoever may write to one may make others in it, which the kernel holds to no limit, and
-//! which no snapshot has; so a class has to say that it knows (`capacity: quota`).
+//! which no snapshot has; so no class can ask for more than `capacity: quota`, the default.
 //!
 //! One is made under a name of its own, marked, limited, and only then renamed and synced: a crash leaves nothing that
 //! the intent does not name.
@@ -166,8 +166,7 @@ impl Backend for Subvolumes {
         if parameters.quota {
             return Ok(());
         }
-        let expected =
-            "quota, which holds who makes no subvolumes in his own: a class of btrfs has to say that it knows";
+        let expected = "quota, which holds who makes no subvolumes in his own: btrfs has nothing more";
         Err(Error::Invalid { field: "parameters.capacity", value: "enforced".into(), expected: expected.into() })
     }
 

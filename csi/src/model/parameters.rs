@@ -107,7 +107,8 @@ pub struct Parameters {
     /// `capacity: unenforced`: a directory may grow beyond its size.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unenforced: bool,
-    /// `capacity: quota`: a directory or subvolume is held to its size by a quota, which holds who does not evade it.
+    /// `capacity: quota`, the default of subvolumes: a directory or subvolume is held to its size by a quota, which holds who does not
+    /// evade it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub quota: bool,
 }
@@ -164,6 +165,8 @@ impl Parameters {
         }
         let content = parameters.content(shape)?;
         let given = |key: &str| map.iter().find(|(name, _)| name.as_str() == key).map(|(_, value)| value.as_str());
+        // All that there is for a subvolume.
+        parameters.quota |= parameters.backend == BackendKind::Btrfs && given("capacity").is_none();
         if let Some(value) = given("allocation").filter(|_| parameters.backend != BackendKind::Image) {
             return Err(invalid("parameters.allocation", value, "for the image backend; this class has another"));
         }
@@ -254,6 +257,8 @@ mod tests {
         let want = Parameters { allocation: Allocation::Sparse, bytes_per_inode: Some(8192), ..Parameters::default() };
         assert_eq!(parse(&all, ANY).unwrap(), (want, EXT4));
         assert_eq!(parse(&[("backend", "btrfs")], ANY).unwrap().1, Content::Tree);
+        assert!(parse(&[("backend", "btrfs")], ANY).unwrap().0.quota, "all that it has");
+        assert!(!parse(&[("backend", "btrfs"), ("capacity", "enforced")], ANY).unwrap().0.quota);
         assert_eq!(parse(&[("backend", "lvm")], ANY).unwrap().1, EXT4);
         assert_eq!(parse(&[("backend", "lvm-thin")], Shape::Block).unwrap().1, Content::Raw);
         assert!(parse(&[("backend", "directory"), ("capacity", "unenforced")], ANY).unwrap().0.unenforced);
