@@ -1,7 +1,6 @@
 //! Numbers that are not reused soon.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+use std::collections::BTreeSet;
 
 /// The last number: the bit above it tells member entries of SLOTS from slots.
 pub const LAST: u32 = 0x7fff_ffff;
@@ -10,16 +9,20 @@ pub const LAST: u32 = 0x7fff_ffff;
 /// released must not find it given to something else.
 #[derive(Clone, Debug, Default)]
 pub struct Ids {
-    /// With how many have it.
-    used: BTreeMap<u32, u32>,
+    used: BTreeSet<u32>,
     last: u32,
 }
 
 impl Ids {
-    /// Marks a number as used, as found after a restart or by one more; numbers given out later come after it.
+    /// Marks a number as used, as found after a restart; numbers given out later come after it.
     pub fn take(&mut self, id: u32) {
-        *self.used.entry(id).or_default() += 1;
+        self.take_free(id);
+    }
+
+    /// The same, if it is free.
+    pub fn take_free(&mut self, id: u32) -> bool {
         self.pass(id);
+        self.used.insert(id)
     }
 
     /// Numbers given out later come after this one.
@@ -31,20 +34,14 @@ impl Ids {
     pub fn next(&mut self) -> u32 {
         loop {
             self.last = if self.last >= LAST { 1 } else { self.last + 1 };
-            if let Entry::Vacant(free) = self.used.entry(self.last) {
-                free.insert(1);
+            if self.used.insert(self.last) {
                 return self.last;
             }
         }
     }
 
-    /// Gives a number back, which is free when the last one has.
+    /// Gives a number back.
     pub fn release(&mut self, id: u32) {
-        if let Entry::Occupied(mut used) = self.used.entry(id) {
-            *used.get_mut() -= 1;
-            if *used.get() == 0 {
-                used.remove();
-            }
-        }
+        self.used.remove(&id);
     }
 }

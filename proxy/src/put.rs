@@ -54,7 +54,7 @@ impl Tables {
             None if key.is_any_port() => 0,
             None => self.frontend_ids.next(),
         };
-        let group = wanted.affinity_group.as_ref().map_or(0, |group| self.group_number(group, id));
+        let group = wanted.affinity_group.as_ref().map_or(0, |group| self.group_number(group));
         let new = old.is_none();
         let old = old.unwrap_or_else(|| State {
             value: Frontend { id, count: 0, affinity_seconds: 0, flags: 0 },
@@ -204,9 +204,9 @@ impl Tables {
         self.frontend_ids.release(frontend);
     }
 
-    /// The number of a group; a new one's is that of its first frontend.
-    fn group_number(&mut self, group: &Arc<AffinityGroup>, first: u32) -> u32 {
-        if !self.groups.contains_key(group) && !self.name_group(group, first) {
+    /// The number of a group, which no frontend has.
+    fn group_number(&mut self, group: &Arc<AffinityGroup>) -> u32 {
+        if !self.groups.contains_key(group) {
             let number = self.frontend_ids.next();
             self.groups.insert(group.clone(), number);
             self.group_sizes.insert(number, (group.clone(), 0));
@@ -214,11 +214,10 @@ impl Tables {
         self.groups[group]
     }
 
-    /// Gives a group a number, if no other has it.
+    /// Gives a group a number, if nobody has it.
     pub(crate) fn name_group(&mut self, group: &Arc<AffinityGroup>, number: u32) -> bool {
-        let is_free = (1..=ids::LAST).contains(&number) && !self.group_sizes.contains_key(&number);
+        let is_free = (1..=ids::LAST).contains(&number) && self.frontend_ids.take_free(number);
         if is_free {
-            self.frontend_ids.take(number);
             self.groups.insert(group.clone(), number);
             self.group_sizes.insert(number, (group.clone(), 0));
         }

@@ -146,7 +146,7 @@ pub(crate) struct Target {
 pub struct Tables {
     pub(crate) limits: Limits,
     pub(crate) frontends: BTreeMap<FrontendKey, State>,
-    /// Of frontends, and of affinity groups, which have those of one of theirs.
+    /// Of frontends and of affinity groups.
     pub(crate) frontend_ids: Ids,
     pub(crate) groups: BTreeMap<Arc<AffinityGroup>, u32>,
     /// How many frontends each has.

@@ -12,6 +12,7 @@
 //! A disagreement is printed as a scenario. Once understood it becomes a file in `scenarios/`.
 //! `KEELWAY_SPEC_SEED` and `KEELWAY_SPEC_SECONDS` choose other cases and more.
 
+mod affinity;
 mod kernel;
 mod objects;
 mod packet;

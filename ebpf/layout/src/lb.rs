@@ -228,7 +228,8 @@ impl SourceRangeKey {
 pub struct AffinityKey {
     /// The client's address.
     pub client: Addr,
-    /// The number of the frontend's group, see [`AFFINITY_GROUP`].
+    /// The number of the frontend's group, see [`AFFINITY_GROUP`]; or [`Frontend::id`], where the group's backend is not this
+    /// frontend's to choose.
     pub group: u32,
     /// Zero.
     pub reserved: u32,

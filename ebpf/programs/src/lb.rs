@@ -135,25 +135,39 @@ pub fn choose(frontend: &Frontend, seed: u32) -> Option<Choice> {
     in_slot(frontend, seed % frontend.count.max(1)).or_else(|| in_slot(frontend, 0))
 }
 
-/// One for all addresses of a Service port.
+/// The number of the frontend's affinity group, and so of the entries that it shares.
 #[inline(always)]
-fn affinity_key(frontend: &Frontend, client: &Addr) -> AffinityKey {
+fn group_of(frontend: &Frontend) -> u32 {
     // SAFETY: copied out at once.
     let group = unsafe { SLOTS.get(SlotKey { frontend: frontend.id | MEMBER_BIT, slot: AFFINITY_GROUP }) };
-    AffinityKey { client: *client, group: group.copied().unwrap_or(frontend.id), reserved: 0 }
+    group.copied().unwrap_or(frontend.id)
+}
+
+#[inline(always)]
+fn is_over(entry: &Affinity, frontend: &Frontend, now: u64) -> bool {
+    now > entry.seen + u64::from(frontend.affinity_seconds) * SECOND
 }
 
 /// The slot of the backend that a client is to stay with, if it has one that still serves; else [`NO_SLOT`].
-#[inline(never)]
+#[inline(always)]
 pub fn kept_for(frontend: &Frontend, client: &Addr, now: u64) -> u32 {
     if frontend.affinity_seconds == 0 {
         return NO_SLOT;
     }
-    let key = affinity_key(frontend, client);
+    let slot = kept_by(frontend, client, now, true);
+    if slot == NO_SLOT { kept_by(frontend, client, now, false) } else { slot }
+}
+
+/// By the entry that the frontend shares with its group, or by one of its own.
+#[inline(never)]
+fn kept_by(frontend: &Frontend, client: &Addr, now: u64, shared: bool) -> u32 {
+    let group = if shared { group_of(frontend) } else { frontend.id };
+    let key = AffinityKey { client: *client, group, reserved: 0 };
     let Some(entry) = AFFINITY.get_ptr_mut(&key) else { return NO_SLOT };
     // SAFETY: found by this lookup; single words.
-    let (seen, backend) = unsafe { ((*entry).seen, (*entry).backend) };
-    if now > seen + u64::from(frontend.affinity_seconds) * SECOND {
+    let backend = unsafe { (*entry).backend };
+    // SAFETY: as above.
+    if is_over(unsafe { &*entry }, frontend, now) {
         return NO_SLOT;
     }
     // SAFETY: copied out at once.
@@ -167,13 +181,22 @@ pub fn kept_for(frontend: &Frontend, client: &Addr, now: u64) -> u32 {
     slot
 }
 
-/// Remembers whom a client was given.
+/// Remembers whom a client was given. What the frontend's group has for it stays if that only is not this frontend's to choose.
 #[inline(never)]
 pub fn keep_for(frontend: &Frontend, client: &Addr, backend: u32, now: u64) {
     if frontend.affinity_seconds == 0 {
         return;
     }
-    let key = affinity_key(frontend, client);
+    let mut key = AffinityKey { client: *client, group: group_of(frontend), reserved: 0 };
+    // SAFETY: read at once.
+    if let Some(entry) = unsafe { AFFINITY.get(key) }
+        && entry.backend != backend
+        && !is_over(entry, frontend, now)
+        // SAFETY: read at once.
+        && unsafe { BACKENDS.get(entry.backend) }.is_some_and(|had| had.flags & backend_flags::DRAINING == 0)
+    {
+        key.group = frontend.id;
+    }
     let _ = AFFINITY.insert(key, Affinity { seen: now, backend, reserved: 0 }, 0);
 }
 

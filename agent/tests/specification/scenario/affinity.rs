@@ -19,12 +19,14 @@ impl Runner<'_> {
         Some((case.client, case.proto(), service, port))
     }
 
-    /// Notes the backend of a client with affinity.
+    /// Notes the backend of a client with affinity. Of two, one of which is not for every address to choose, either may be had.
     pub(super) fn keep(&mut self, case: &Case, backend: SocketAddr) {
-        if let Some(affine) =
-            self.affine(case).filter(|(_, _, service, _)| self.services[service].affinity_seconds.is_some())
-        {
+        let has_affinity = |affine: &Affine| self.services[&affine.2].affinity_seconds.is_some();
+        let Some(affine) = self.affine(case).filter(has_affinity) else { return };
+        if self.kept.get(&affine).is_none_or(|had| *had == backend) {
             self.kept.insert(affine, backend);
+        } else {
+            self.kept.remove(&affine);
         }
     }
 

@@ -67,7 +67,13 @@ fn kube_proxy_judges_as_we_do() {
                 if agree(wish, question, &first, &second) {
                     break;
                 }
-                first.add(ours.ask(question));
+                let again = ours.ask(question);
+                // The first connections by two addresses at once may part, of which the client then keeps one.
+                if wish.affinity {
+                    first = again
+                } else {
+                    first.add(again)
+                }
                 // What kube-proxy did by connections of a former round, it gets over.
                 second = peers.ask(question);
             }
