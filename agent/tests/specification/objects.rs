@@ -231,7 +231,8 @@ pub fn scenario(random: &mut Random) -> Scenario {
     for _ in 0..2 {
         objects = change(random, &objects);
         let restart = random.percent(30);
-        steps.push(Step { put: objects.clone(), restart, packets: packets(random), ..Step::default() });
+        let gone = random.some(&SERVICES, 8).into_iter().map(|name| format!("Service/ns/{name}")).collect();
+        steps.push(Step { put: objects.clone(), delete: gone, restart, packets: packets(random) });
     }
     Scenario {
         about: "random".into(),

@@ -229,6 +229,7 @@ impl Runner<'_> {
         let object = ObjectName::new(namespace, name);
         if kind == "Service" {
             self.services.remove(&object);
+            self.kept.retain(|(_, _, service, _), _| *service != object);
             self.kernel.services.service_gone(namespace, name);
         } else {
             self.slices.remove(&object);
@@ -336,10 +337,8 @@ impl Runner<'_> {
         let stays = Forward { backends: BTreeSet::from([here]), affinity_seconds: 0, keep_source: false };
         let stays = Verdict::Forward(stays);
         if proto != UDP {
-            // A connection is for its two ends to end, whatever became of its backend in the slices.
-            let wanted = if is_served { &stays } else { &verdict };
-            let got = self.meets(&open.case, open.client, ACK, wanted).map_err(|error| format!("its data: {error}"))?;
-            got.filter(|_| *wanted == verdict).into_iter().for_each(|got| self.keep(&open.case, got));
+            // A connection is for its two ends to end, whatever became of its backend in the slices, or of its Service.
+            self.meets(&open.case, open.client, ACK, &stays).map_err(|error| format!("its data: {error}"))?;
         }
         // A connection that has not ended leaves a backend that drains for every frontend of this node, not one that only its own
         // frontend left; datagrams, of which none says that it begins a flow, one that serves their Service port no longer.

@@ -234,7 +234,9 @@ impl Asked {
 pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcome, Reason> {
     let tuple = &packet.tuple;
     let dialled = dial(&tuple.dst, tuple.dport, tuple.proto, asked.client);
-    let Some(frontend) = dialled else { return Ok(Outcome::Other) };
+    let Some(frontend) = dialled else {
+        return Ok(if outlives(packet, asked, now) { Outcome::Translated } else { Outcome::Other });
+    };
     // Before the Service's present state counts: a connection lives on to its end where new ones are no longer let in.
     if let Some(flow) = ct::find_of(tuple, scope::SERVICE, Way::Forward, asked.incarnation, now)
         && goes_on(packet, frontend, flow, asked, now)
@@ -289,6 +291,25 @@ fn is_own(packet: &Packet, frontend: &Frontend, client: Client) -> bool {
 #[inline(always)]
 fn adopting() -> bool {
     NODE.get(0).is_some_and(|node| node.flags & node_flags::ADOPTING != 0)
+}
+
+/// Whether a packet belongs to a connection by an address that no Service has any more: that is for its two ends to end.
+#[inline(always)]
+fn outlives(packet: &Packet, asked: &mut Asked, now: u64) -> bool {
+    if !under_way(packet) {
+        return false;
+    }
+    let Some(flow) = ct::find_of(&packet.tuple, scope::SERVICE, Way::Forward, asked.incarnation, now) else {
+        return false;
+    };
+    let entry = flow.entry();
+    if entry.flags & ct_flags::STACK != 0 {
+        return false;
+    }
+    asked.backend = (entry.nat_addr, entry.nat_port);
+    asked.dsr = entry.flags & ct_flags::DSR != 0;
+    flow.keep(now + lease(packet.tuple.proto));
+    true
 }
 
 /// Whether a known flow stays with the backend that it has, which it is then given.
