@@ -234,12 +234,11 @@ impl Asked {
 pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcome, Reason> {
     let tuple = &packet.tuple;
     let dialled = dial(&tuple.dst, tuple.dport, tuple.proto, asked.client);
-    let Some(frontend) = dialled else {
-        return Ok(if outlives(packet, asked, now) { Outcome::Translated } else { Outcome::Other });
-    };
-    // Before the Service's present state counts: a connection lives on to its end where new ones are no longer let in.
-    if let Some(flow) = ct::find_of(tuple, scope::SERVICE, Way::Forward, asked.incarnation, now)
-        && goes_on(packet, frontend, flow, asked, now)
+    // Before the Service's present state counts: a connection lives on to its end where new ones are no longer let in, and where
+    // there is no Service any more.
+    if (dialled.is_some() || under_way(packet))
+        && let Some(flow) = ct::find_of(tuple, scope::SERVICE, Way::Forward, asked.incarnation, now)
+        && goes_on(packet, dialled, flow, asked, now)
     {
         if flow.entry().flags & ct_flags::STACK != 0 {
             flow.keep(now + if tuple.proto == UDP { STACK_UDP } else { LEASE });
@@ -249,6 +248,7 @@ pub fn for_packet(packet: &Packet, asked: &mut Asked, now: u64) -> Result<Outcom
         flow.keep(now + lease(tuple.proto));
         return Ok(Outcome::Translated);
     }
+    let Some(frontend) = dialled else { return Ok(Outcome::Other) };
     if asked.incarnation == 0 && under_way(packet) && adopting() {
         return Ok(Outcome::Other);
     }
@@ -293,28 +293,9 @@ fn adopting() -> bool {
     NODE.get(0).is_some_and(|node| node.flags & node_flags::ADOPTING != 0)
 }
 
-/// Whether a packet belongs to a connection by an address that no Service has any more: that is for its two ends to end.
-#[inline(always)]
-fn outlives(packet: &Packet, asked: &mut Asked, now: u64) -> bool {
-    if !under_way(packet) {
-        return false;
-    }
-    let Some(flow) = ct::find_of(&packet.tuple, scope::SERVICE, Way::Forward, asked.incarnation, now) else {
-        return false;
-    };
-    let entry = flow.entry();
-    if entry.flags & ct_flags::STACK != 0 {
-        return false;
-    }
-    asked.backend = (entry.nat_addr, entry.nat_port);
-    asked.dsr = entry.flags & ct_flags::DSR != 0;
-    flow.keep(now + lease(packet.tuple.proto));
-    true
-}
-
 /// Whether a known flow stays with the backend that it has, which it is then given.
 #[inline(always)]
-fn goes_on(packet: &Packet, frontend: &Frontend, flow: Flow, asked: &mut Asked, now: u64) -> bool {
+fn goes_on(packet: &Packet, dialled: Option<&Frontend>, flow: Flow, asked: &mut Asked, now: u64) -> bool {
     let entry = flow.entry();
     let datagram = packet.tuple.proto == UDP;
     if entry.flags & ct_flags::STACK != 0 && !datagram {
@@ -330,10 +311,10 @@ fn goes_on(packet: &Packet, frontend: &Frontend, flow: Flow, asked: &mut Asked, 
     let stays = match backend.filter(|backend| backend.addr == entry.nat_addr && backend.port == entry.nat_port) {
         // It may be another Service's, and no longer this one's; and while this one has it serving, a flow may stay though new ones
         // go elsewhere.
-        Some(_) if datagram => {
+        Some(_) if datagram => dialled.is_some_and(|frontend| {
             frontend.flags & (frontend_flags::INDEXED | frontend_flags::REFUSE) == 0
                 || is_member(frontend, entry.backend)
-        }
+        }),
         Some(backend) => backend.flags & backend_flags::DRAINING == 0 || !opens,
         // It left the Service altogether. A connection is for its two ends to end; nobody else knows it.
         None => !opens,
