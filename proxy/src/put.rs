@@ -12,7 +12,7 @@ use crate::maglev;
 use crate::model::Protocol;
 use crate::op::{AFFINITY_GROUP, Backend, Frontend, FrontendKey, NO_SLOT, Op, Origin, SlotKey, flags};
 use crate::slots::{Fill, fill};
-use crate::tables::{BackendState, State, Tables};
+use crate::tables::{BackendState, GroupState, State, Tables};
 
 /// A change's writes in three parts: what grows or changes in place comes first, what shrinks next, what goes last. A
 /// Service that moves from one frontend to another is never without.
@@ -54,13 +54,14 @@ impl Tables {
             None if key.is_any_port() => 0,
             None => self.frontend_ids.next(),
         };
-        let group = wanted.affinity_group.as_ref().map_or(0, |group| self.group_number(group));
+        let group = wanted.affinity_group.clone();
+        let group_number = group.as_ref().map(|group| self.group_number(group));
         let new = old.is_none();
         let old = old.unwrap_or_else(|| State {
             value: Frontend { id, count: 0, affinity_seconds: 0, flags: 0 },
             slots: Vec::new(),
             members: BTreeMap::new(),
-            group: 0,
+            group: None,
             ranges: Vec::new(),
             draining: Vec::new(),
             computed: false,
@@ -72,9 +73,7 @@ impl Tables {
         if key.proto == UDP {
             members.extend(draining.iter().map(|id| (*id, NO_SLOT)));
         }
-        if group != 0 {
-            members.insert(AFFINITY_GROUP, group);
-        }
+        members.extend(group_number.map(|number| (AFFINITY_GROUP, number)));
         let flags = if indexed { choice.flags | flags::INDEXED } else { choice.flags };
         let value = Frontend { id, count: slots.len() as u32, affinity_seconds: wanted.affinity_seconds, flags };
         let ranges = wanted.source_ranges.to_vec();
@@ -195,7 +194,7 @@ impl Tables {
             value: state.value,
             slots: Vec::new(),
             members: BTreeMap::new(),
-            group: 0,
+            group: None,
             ranges: Vec::new(),
             draining: Vec::new(),
             computed: true,
@@ -206,35 +205,29 @@ impl Tables {
 
     /// The number of a group, which no frontend has.
     fn group_number(&mut self, group: &Arc<AffinityGroup>) -> u32 {
-        if !self.groups.contains_key(group) {
-            let number = self.frontend_ids.next();
-            self.groups.insert(group.clone(), number);
-            self.group_sizes.insert(number, (group.clone(), 0));
-        }
-        self.groups[group]
+        let ids = &mut self.frontend_ids;
+        let new = || GroupState { number: ids.next(), frontends: 0 };
+        self.groups.entry(group.clone()).or_insert_with(new).number
     }
 
     /// Gives a group a number, if nobody has it.
     pub(crate) fn name_group(&mut self, group: &Arc<AffinityGroup>, number: u32) -> bool {
         let is_free = (1..=ids::LAST).contains(&number) && self.frontend_ids.take_free(number);
         if is_free {
-            self.groups.insert(group.clone(), number);
-            self.group_sizes.insert(number, (group.clone(), 0));
+            self.groups.insert(group.clone(), GroupState { number, frontends: 0 });
         }
         is_free
     }
 
     /// Counts what `new` has and `old` had.
     fn count(&mut self, new: &State, old: &State) {
-        if let Some((_, size)) = self.group_sizes.get_mut(&new.group) {
-            *size += 1;
+        if let Some(group) = new.group.as_ref().and_then(|group| self.groups.get_mut(group)) {
+            group.frontends += 1;
         }
-        if let Entry::Occupied(mut group) = self.group_sizes.entry(old.group) {
-            group.get_mut().1 -= 1;
-            if group.get().1 == 0 {
-                let (group, _) = group.remove();
-                self.groups.remove(&group);
-                self.frontend_ids.release(old.group);
+        if let Some(Entry::Occupied(mut group)) = old.group.clone().map(|group| self.groups.entry(group)) {
+            group.get_mut().frontends -= 1;
+            if group.get().frontends == 0 {
+                self.frontend_ids.release(group.remove().number);
             }
         }
         for id in new.distinct() {

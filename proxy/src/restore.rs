@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use crate::ids;
 use crate::op::{AFFINITY_GROUP, Dump, Frontend, FrontendKey, Op, Origin, SlotKey};
-use crate::tables::{BackendState, Limits, State, TableFull, Tables};
+use crate::tables::{BackendState, GroupState, Limits, State, TableFull, Tables};
 use crate::tracker::Change;
 
 impl Tables {
@@ -145,13 +145,8 @@ impl Tables {
 
     /// Of Services that did not fit.
     fn forget_empty_groups(&mut self) {
-        let empty: Vec<u32> = self.group_sizes.iter().filter(|(_, (_, size))| *size == 0).map(|(id, _)| *id).collect();
-        for number in empty {
-            if let Some((group, _)) = self.group_sizes.remove(&number) {
-                self.groups.remove(&group);
-                self.frontend_ids.release(number);
-            }
-        }
+        let empty = |_: &_, group: &mut GroupState| group.frontends == 0;
+        self.groups.extract_if(.., empty).for_each(|(_, group)| self.frontend_ids.release(group.number));
     }
 
     /// Notes that a Service which did not fit owns what it already had, so that its deletion finds it.
@@ -199,7 +194,7 @@ fn state(value: Frontend, slots: Vec<u32>) -> State {
         value,
         slots,
         members: BTreeMap::new(),
-        group: 0,
+        group: None,
         ranges: Vec::new(),
         draining: Vec::new(),
         computed: false,

@@ -89,8 +89,8 @@ pub(crate) struct State {
     pub slots: Vec<u32>,
     /// Slots by backend id, or [`NO_SLOT`](crate::NO_SLOT), and the number of the affinity group; empty where there is no index.
     pub members: BTreeMap<u32, u32>,
-    /// The number of its affinity group, once that is counted; 0 without.
-    pub group: u32,
+    /// Its affinity group, once that is counted.
+    pub group: Option<Arc<AffinityGroup>>,
     /// Who may, if not everybody; sorted.
     pub ranges: Vec<IpNet>,
     /// Backends that were in the slots and are still known.
@@ -112,6 +112,14 @@ impl State {
     pub fn given(&self) -> impl Iterator<Item = u32> {
         self.distinct().into_iter().chain(self.draining.iter().copied()).chain(self.members.keys().copied())
     }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct GroupState {
+    /// In the kernel's member entries; no frontend's id.
+    pub number: u32,
+    /// How many frontends it has.
+    pub frontends: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -148,9 +156,7 @@ pub struct Tables {
     pub(crate) frontends: BTreeMap<FrontendKey, State>,
     /// Of frontends and of affinity groups.
     pub(crate) frontend_ids: Ids,
-    pub(crate) groups: BTreeMap<Arc<AffinityGroup>, u32>,
-    /// How many frontends each has.
-    pub(crate) group_sizes: BTreeMap<u32, (Arc<AffinityGroup>, u32)>,
+    pub(crate) groups: BTreeMap<Arc<AffinityGroup>, GroupState>,
     pub(crate) slot_total: usize,
     pub(crate) range_total: usize,
     pub(crate) backends: BTreeMap<u32, BackendState>,
@@ -174,7 +180,6 @@ impl Tables {
             frontends: BTreeMap::new(),
             frontend_ids: Ids::default(),
             groups: BTreeMap::new(),
-            group_sizes: BTreeMap::new(),
             slot_total: 0,
             range_total: 0,
             backends: BTreeMap::new(),
