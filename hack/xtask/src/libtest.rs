@@ -67,6 +67,17 @@ pub fn failures(output: &str) -> String {
     }
 }
 
+/// The beginning of what each failed test said, for a list of all that failed: `failures` in at most a screenful.
+pub fn briefly(failures: &str) -> String {
+    const LINES: usize = 30;
+    let mut found = Vec::new();
+    for test in failures.split("---- ").filter(|test| !test.trim().is_empty()) {
+        found.extend(test.lines().take(5).map(|line| line.chars().take(200).collect::<String>()));
+    }
+    found.truncate(LINES);
+    found.join("\n")
+}
+
 /// Counts upstream's CSI specs by the lines `csi-sanity NAME: P passed, F failed, S not advertised` that the tests print;
 /// a spec about what the driver does not advertise is named on an indented line that follows.
 pub fn read_sanity(output: &str) -> Counts {
@@ -164,6 +175,8 @@ running 1 test
         let expected = "---- bad stdout ----\nthread 'bad' panicked at a.rs:1:1:\nleft: 1\n---- worse stdout ----\nno";
         assert_eq!(failures(output), expected);
         assert_eq!(failures("error: it does not compile"), "error: it does not compile");
+        let brief = briefly("---- bad stdout ----\n1\n2\n3\n4\n5\n---- worse stdout ----\nno");
+        assert_eq!(brief, "bad stdout ----\n1\n2\n3\n4\nworse stdout ----\nno");
     }
 
     #[test]

@@ -85,9 +85,13 @@ impl Report {
         let width = self.rows.iter().map(|row| row.what.len()).max().unwrap_or(0).max("suite".len());
         let mut out = String::new();
         for row in &self.rows {
-            for (reason, count) in grouped(&row.skipped) {
-                let times = if count > 1 { format!("{count} times: ") } else { String::new() };
-                out += &format!("skipped: {}: {times}{reason}\n", row.what);
+            for (reason, names) in grouped(&row.skipped) {
+                let what = match names[..] {
+                    [""] => String::new(),
+                    [name] => format!("{name}: "),
+                    _ => format!("{} of them: ", names.len()),
+                };
+                out += &format!("skipped: {}: {what}{reason}\n", row.what);
             }
         }
         out += &format!("\n{:width$}  {:>6}  {:>6}  {:>7}  {:>7}\n", "suite", "passed", "failed", "skipped", "seconds");
@@ -107,12 +111,13 @@ impl Report {
     }
 }
 
-/// The reasons with how often each is given. Of many that end alike, upstream's suites for one, the end is shown.
-fn grouped(skipped: &[String]) -> BTreeMap<&str, usize> {
-    let mut groups = BTreeMap::new();
+/// The reasons, each with the names of what it kept from running. Of upstream's suites the end of the name is the reason.
+fn grouped(skipped: &[String]) -> BTreeMap<&str, Vec<&str>> {
+    let mut groups: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for line in skipped {
-        let reason = line.rsplit_once("skipped - ").map_or(line.as_str(), |(_, reason)| reason);
-        *groups.entry(reason).or_default() += 1;
+        let (name, reason) =
+            line.rsplit_once(" skipped - ").or_else(|| line.split_once(": ")).unwrap_or(("", line.as_str()));
+        groups.entry(reason).or_default().push(name.trim_end_matches(':'));
     }
     groups
 }
@@ -147,9 +152,12 @@ mod tests {
 
     #[test]
     fn many_skips_for_one_reason_are_one_line() {
-        let skipped = ["a: skipped - no snapshots", "b: skipped - no snapshots", "c: needs root"].map(str::to_owned);
-        let table = report(vec![Row::new("sanity", 1, 0, skipped.to_vec(), 1.0)]).table();
-        assert!(table.contains("skipped: sanity: c: needs root\nskipped: sanity: 2 times: no snapshots\n"), "{table}");
-        assert!(table.ends_with("1 passed, 0 failed, 3 skipped\n"), "{table}");
+        let skipped =
+            ["a: skipped - no snapshots", "b: skipped - no snapshots", "c: needs root", "d: no FUSE", "e: no FUSE"];
+        let table = report(vec![Row::new("sanity", 1, 0, skipped.map(str::to_owned).to_vec(), 1.0)]).table();
+        for line in ["sanity: c: needs root", "sanity: 2 of them: no snapshots", "sanity: 2 of them: no FUSE"] {
+            assert!(table.contains(&format!("skipped: {line}\n")), "{table}");
+        }
+        assert!(table.ends_with("1 passed, 0 failed, 5 skipped\n"), "{table}");
     }
 }

@@ -186,9 +186,8 @@ impl Suite {
             return Ok((row, String::new()));
         }
         let said = libtest::failures(&outcome.output);
-        let said = format!("\n{said}\n    {}: failed, all of it is in {}\n", self.name, log.display());
-        println!("{said}");
-        Ok((row, said))
+        println!("\n{said}\n    {}: failed, all of it is in {}\n", self.name, log.display());
+        Ok((row, format!("\n{}: failed:\n{}\n", self.name, libtest::briefly(&said))))
     }
 
     fn judge(&self, outcome: &Outcome) -> Row {
