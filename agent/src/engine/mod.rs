@@ -11,6 +11,7 @@
 //! behind: the engine then restores it from the maps, with a delay that doubles.
 
 pub mod adopt;
+mod command;
 mod convert;
 mod endpoints;
 mod fill;
@@ -27,7 +28,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
-use keelway_cni::{Lease, LeaseKey, PodRef};
+use keelway_cni::{Lease, PodRef};
 use keelway_layout::NodeConfig;
 use keelway_maps::{Datapath, XdpMode};
 use keelway_policy::model::ObjectName;
@@ -40,6 +41,7 @@ use crate::sockets::Gone;
 use crate::source::{Event, Kind, Node, Object, Status};
 use crate::sweep::Flows;
 
+pub use command::{Command, EngineError, Handle};
 pub use endpoints::Attached;
 pub use gate::{Known, Progress, Versions, progress};
 pub use listing::{ListedFrontend, ListedService, Selection};
@@ -51,89 +53,6 @@ pub use status::EngineStatus;
 const BATCH: usize = 512;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(30);
-
-/// Why the engine could not do as asked.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The first full lists are not in yet.
-    #[error("the agent has not yet read all objects from its source")]
-    NotSynced,
-    /// The tables or programs refused.
-    #[error("{0}")]
-    Kernel(String),
-}
-
-/// What the local API asks of the engine.
-pub enum Command {
-    /// Answers the pod's uid once the pod, its namespace and policies are known. Dropping the receiver gives up.
-    Admit {
-        /// As the runtime names it; an empty uid takes the pod of that name.
-        pod: PodRef,
-        /// Receives the uid.
-        reply: oneshot::Sender<String>,
-    },
-    /// Answers the versions of a namespace's policies as far as they are known.
-    KnownPolicies {
-        /// Which namespace.
-        namespace: String,
-        /// Receives them.
-        reply: oneshot::Sender<Known>,
-    },
-    /// Answers once the policies of a namespace are in the tables as listed, or have changed otherwise. Dropping the receiver
-    /// gives up.
-    AwaitPolicies {
-        /// Which namespace.
-        namespace: String,
-        /// What [`Command::KnownPolicies`] answered before the list was made.
-        before: Known,
-        /// The list.
-        listed: Versions,
-        /// Never receives [`Progress::Behind`].
-        reply: oneshot::Sender<Progress>,
-    },
-    /// Puts the policy of a leased pod into the kernel, ahead of its endpoint.
-    Prepare {
-        /// The lease, its pod's uid filled in.
-        lease: Lease,
-        /// Done or why not.
-        reply: oneshot::Sender<Result<(), EngineError>>,
-    },
-    /// Attaches the programs to the pod's veth pair and makes it an endpoint.
-    Attach {
-        /// What there is to know about it.
-        attached: Attached,
-        /// Done or why not.
-        reply: oneshot::Sender<Result<(), EngineError>>,
-    },
-    /// Forgets an endpoint and the policy that only it needed.
-    Detach {
-        /// Which.
-        key: LeaseKey,
-        /// Name of the host's end of the pair.
-        host_ifname: String,
-        /// Done or why not.
-        reply: oneshot::Sender<Result<(), EngineError>>,
-    },
-    /// Whether the endpoint's entries and programs are in place; what is not, in words.
-    Verify {
-        /// Which.
-        key: LeaseKey,
-        /// What is missing.
-        reply: oneshot::Sender<Vec<String>>,
-    },
-    /// What Services are programmed as.
-    Services {
-        /// Which.
-        which: Selection,
-        /// Receives them.
-        reply: oneshot::Sender<BTreeMap<keelway_proxy::ObjectName, ListedService>>,
-    },
-    /// Everything that is shown.
-    Status {
-        /// Receives it.
-        reply: oneshot::Sender<EngineStatus>,
-    },
-}
 
 /// What the engine needs to know of its node before the source says anything.
 #[derive(Clone, Debug)]
@@ -165,27 +84,6 @@ pub struct Devices {
     pub own: Vec<IpAddr>,
     /// On which node ports answer; `true`: only to the host's own processes.
     pub node_ports: Vec<(IpAddr, bool)>,
-}
-
-/// How the rest of the agent speaks to the engine.
-#[derive(Clone)]
-pub struct Handle {
-    commands: mpsc::Sender<Command>,
-    synced: watch::Receiver<bool>,
-}
-
-impl Handle {
-    /// Whether the tables are in step with the source.
-    pub fn is_synced(&self) -> bool {
-        *self.synced.borrow()
-    }
-
-    /// Sends a command and waits for its answer; `None` when the engine is gone.
-    pub async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.ok()?;
-        answer.await.ok()
-    }
 }
 
 /// The engine and what flows into and out of it.
@@ -262,7 +160,7 @@ impl Engine {
         let Wiring {
             early,
             events,
-            devices,
+            mut devices,
             node,
             host_routes,
             source,
@@ -273,6 +171,8 @@ impl Engine {
             health,
             metrics,
         } = wiring;
+        // What is known by now is yet to be taken.
+        devices.mark_changed();
         let policies = policies::Policies::open(&settings, &datapath.tables)?;
         let endpoints = endpoints::Endpoints::restore(leases, &datapath.tables)?;
         let engine = Self {
@@ -435,10 +335,11 @@ impl Engine {
         if self.retry_at.is_some() {
             return;
         }
-        let known = self.devices.borrow().as_ref().map(|devices| (devices.node_ports.clone(), devices.own.clone()));
-        if let Some((node_ports, own)) = known {
-            self.services.set_addresses(node_ports);
-            self.own_changed(own.into_iter().filter(|address| !address.is_loopback()).collect());
+        let changed = self.devices.has_changed().unwrap_or(true);
+        let devices = if changed { self.devices.borrow_and_update().clone() } else { None };
+        if let Some(devices) = devices {
+            self.services.set_addresses(devices.node_ports);
+            self.own_changed(devices.own.into_iter().filter(|address| !address.is_loopback()).collect());
         }
         let result = if self.is_synced() { self.apply() } else { self.first_sync() };
         self.settle(result);
