@@ -385,7 +385,7 @@ impl Engine {
 
     /// After a failed write the mirrors may not be what the kernel holds: read it back.
     fn retry(&mut self) {
-        let result = if self.is_synced() { self.restore().and_then(|()| self.apply()) } else { self.first_sync() };
+        let result = if self.is_synced() { self.apply_all() } else { self.first_sync() };
         self.settle(result);
         self.answer_waiting();
     }
@@ -402,8 +402,7 @@ impl Engine {
         let config = adoption.as_ref().unwrap_or(&devices.config);
         self.datapath.tables.set_node(config).map_err(|error| kernel(&error))?;
         self.sync_nodes(&devices)?;
-        self.restore()?;
-        self.apply()?;
+        self.apply_all()?;
         if adoption.is_some() {
             self.adopt()?;
         }
@@ -432,18 +431,27 @@ impl Engine {
         self.reattach_pods()
     }
 
-    fn restore(&mut self) -> Result<(), EngineError> {
+    /// Brings all tables into step with the models, whatever they held.
+    fn apply_all(&mut self) -> Result<(), EngineError> {
+        let started = Instant::now();
+        self.health.sync_started();
         self.policies.restore(&self.datapath.tables)?;
         self.replay_nodes();
         for endpoint in self.endpoints.wanted() {
             self.policies.model.upsert_endpoint(endpoint);
         }
-        self.services.restore(&mut self.datapath.tables)
+        self.services.restore(&mut self.datapath.tables)?;
+        self.write(started, true)
     }
 
+    /// Writes what changed.
     fn apply(&mut self) -> Result<(), EngineError> {
         self.health.sync_started();
-        let (started, full) = (Instant::now(), !self.is_synced());
+        self.write(Instant::now(), false)
+    }
+
+    /// The end of a sync that began at `started`.
+    fn write(&mut self, started: Instant, full: bool) -> Result<(), EngineError> {
         let programmed = self.services.apply(&mut self.datapath.tables)?;
         self.policies.apply(&mut self.datapath, &mut self.endpoints)?;
         self.health.sync_succeeded();
