@@ -208,7 +208,7 @@ mod tests {
     }
 
     async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-        for _ in 0..200 {
+        for _ in 0..1200 {
             if holds().await {
                 return;
             }

@@ -60,7 +60,7 @@ async fn reach(from: &Ns, to: &Ns, target: &str) -> IpAddr {
     let io = move |source| keelway_netlink::Error::Io { what: format!("reach {target}"), source };
     let listener = to.open().run(move || TcpListener::bind((target, 0)).map_err(io)).await.unwrap();
     let address = listener.local_addr().unwrap();
-    let dial = move || TcpStream::connect_timeout(&address, Duration::from_secs(3)).map_err(io);
+    let dial = move || TcpStream::connect_timeout(&address, Duration::from_secs(30)).map_err(io);
     let _stream = from.open().run(dial).await.unwrap();
     listener.accept().unwrap().1.ip()
 }
@@ -152,7 +152,7 @@ fn what_a_crashed_try_left_is_replaced_and_foreign_links_are_not() {
 
         // The pod's namespace goes away under us: the pair and its routes go with it, and detach says absent.
         drop(pod);
-        for _ in 0..200 {
+        for _ in 0..6000 {
             if host.link(&plan.host_ifname).await.unwrap().is_none() {
                 break;
             }

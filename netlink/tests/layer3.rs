@@ -83,7 +83,7 @@ async fn addresses_are_told_of_when_they_come_and_go() {
             ns.ip("addr del 10.7.0.1/32 dev kwb");
             ns.ip(&format!("addr {verb} {address} dev kwa"));
             let wanted = net(address).addr();
-            let told = tokio::time::timeout(Duration::from_secs(5), monitor.changed(|it| *it == wanted)).await;
+            let told = tokio::time::timeout(Duration::from_secs(60), monitor.changed(|it| *it == wanted)).await;
             assert_eq!(told, Ok(true), "{verb} {address}");
             // What IPv6 says more of it (that it is nobody else's) is over by the time that it is silent.
             while tokio::time::timeout(Duration::from_millis(1500), monitor.changed(|_| true)).await.is_ok() {}

@@ -155,7 +155,7 @@ async fn a_handle_closes_its_socket_when_dropped() {
     assert_eq!(clone.links().await.unwrap().len(), 1, "the clone still works");
     assert!(sockets() > before);
     drop(clone);
-    for _ in 0..200 {
+    for _ in 0..6000 {
         if sockets() <= before {
             return;
         }

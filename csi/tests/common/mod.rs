@@ -210,7 +210,7 @@ impl Driver {
         while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
             let ended = self.child.as_mut().unwrap().try_wait().unwrap();
             assert!(ended.is_none(), "the driver ended: {ended:?}\n{}", self.log());
-            assert!(start.elapsed() < Duration::from_secs(20), "no socket after 20 s\n{}", self.log());
+            assert!(start.elapsed() < Duration::from_secs(60), "no socket after 60 s\n{}", self.log());
             std::thread::sleep(Duration::from_millis(2));
         }
         pid

@@ -135,9 +135,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
         let script = "sleep 600 & echo $!; wait";
-        let outcome = run("t", &["sh", "-c", script], &log, Duration::from_millis(300)).unwrap();
+        let outcome = run("t", &["sh", "-c", script], &log, Duration::from_secs(2)).unwrap();
         assert!(!outcome.success);
-        assert!(outcome.seconds < 20.0);
+        assert!(outcome.seconds < 300.0);
         let sleeper = outcome.output.lines().next().unwrap().to_owned();
         let state = std::fs::read_to_string(format!("/proc/{sleeper}/stat")).unwrap_or_default();
         assert!(state.is_empty() || state.contains(") Z "), "still there: {state}");

@@ -83,7 +83,7 @@ async fn start(files: &[(&str, String)]) -> Running {
 impl Running {
     /// Fails rather than wait for the slow look: what is tested is the watch.
     async fn next(&mut self) -> Event {
-        tokio::time::timeout(Duration::from_secs(5), self.events.recv()).await.expect("an event in time").unwrap()
+        tokio::time::timeout(RESCAN * 9 / 10, self.events.recv()).await.expect("an event in time").unwrap()
     }
 
     async fn upserted(&mut self) -> (String, String) {
@@ -98,7 +98,7 @@ impl Running {
     }
 
     async fn problems_become(&self, holds: impl Fn(&[String]) -> bool) -> Vec<String> {
-        let until = Instant::now() + Duration::from_secs(5);
+        let until = Instant::now() + RESCAN * 3;
         loop {
             let problems = self.status.problems();
             if holds(&problems) {
