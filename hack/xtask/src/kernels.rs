@@ -18,11 +18,11 @@ const STORAGE: (&str, &str) = ("storage", "6.12");
 /// Its disk, for a volume group; a sparse file.
 const DISK_BYTES: u64 = 4 << 30;
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
-const IMAGE_LIMIT: Duration = Duration::from_secs(10 * 60);
-/// An emulated CPU is some twenty times slower than a real one, and CI's machines are busy.
-const BOOT_LIMIT: Duration = Duration::from_secs(10 * 60);
-/// Of the guest for volumes, which runs LVM's programs some two thousand times.
-const STORAGE_LIMIT: Duration = Duration::from_secs(15 * 60);
+const IMAGE_LIMIT: Duration = Duration::from_secs(20 * 60);
+/// An emulated CPU is some twenty times slower than a real one, and CI's machines are busy: it takes four minutes on a quiet one.
+const BOOT_LIMIT: Duration = Duration::from_secs(25 * 60);
+/// Of the guest for volumes, which runs LVM's programs some two thousand times: six minutes on a quiet machine.
+const STORAGE_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// The program that asks the guest's verifier about every BPF program.
 const LOAD: &str = "keelway-kernel-load";
 /// Tests of the CSI driver that run in the guest for volumes.

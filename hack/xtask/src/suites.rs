@@ -29,6 +29,7 @@ struct Suite {
     judge: Judge,
     /// Programs that the suite cannot do without, each with the part of `hack/setup` that installs it.
     needs: &'static [(&'static str, &'static str)],
+    /// Against what hangs: several times what it takes on a quiet machine.
     limit: Duration,
 }
 
@@ -44,35 +45,35 @@ const SUITES: &[Suite] = &[
         command: &["cargo", "fmt", "--all", "--check"],
         judge: Judge::Status,
         needs: &[("cargo-fmt", "lint")],
-        limit: minutes(2),
+        limit: minutes(5),
     },
     Suite {
         name: "walls",
         command: &["cargo", "xtask", "walls"],
         judge: Judge::Status,
         needs: &[],
-        limit: minutes(5),
+        limit: minutes(15),
     },
     Suite {
         name: "scripts",
         command: &["hack/lint-scripts"],
         judge: Judge::Status,
         needs: &[("shellcheck", "lint")],
-        limit: minutes(2),
+        limit: minutes(5),
     },
     Suite {
         name: "licences and bans",
         command: &["cargo", "deny", "--locked", "check", "licenses", "bans", "sources"],
         judge: Judge::Status,
         needs: &[("cargo-deny", "lint")],
-        limit: minutes(5),
+        limit: minutes(15),
     },
     Suite {
         name: "clippy",
         command: &["hack/clippy"],
         judge: Judge::Status,
         needs: &[("cargo-clippy", "lint")],
-        limit: minutes(30),
+        limit: minutes(60),
     },
     Suite {
         // The lab's nodes run these, as a user's nodes would.
@@ -80,7 +81,7 @@ const SUITES: &[Suite] = &[
         command: &["hack/build"],
         judge: Judge::Status,
         needs: &[],
-        limit: minutes(40),
+        limit: minutes(60),
     },
     Suite {
         // A real API server and csi-sanity, which suites below run against; built once, then taken from the cache.
@@ -88,7 +89,7 @@ const SUITES: &[Suite] = &[
         command: &["make", "--no-print-directory", "cluster-programs"],
         judge: Judge::Status,
         needs: &[("go", "cluster")],
-        limit: minutes(60),
+        limit: minutes(90),
     },
     Suite {
         // As root: the tests of the crates that speak to the kernel make namespaces and maps of their own.
@@ -101,7 +102,7 @@ const SUITES: &[Suite] = &[
         ],
         judge: Judge::Libtest,
         needs: &[],
-        limit: minutes(40),
+        limit: minutes(60),
     },
     Suite {
         name: "csi-sanity",
@@ -111,7 +112,7 @@ const SUITES: &[Suite] = &[
         ],
         judge: Judge::Sanity,
         needs: &[],
-        limit: minutes(10),
+        limit: minutes(30),
     },
     Suite {
         // The driver on real loop devices, and killed at every system call that changes something.
@@ -123,14 +124,14 @@ const SUITES: &[Suite] = &[
         ],
         judge: Judge::Libtest,
         needs: &[],
-        limit: minutes(15),
+        limit: minutes(45),
     },
     Suite {
         name: "lab",
         command: &["cargo", "test", "--locked", "--no-fail-fast", "--package=keelway-lab", "--", "--show-output"],
         judge: Judge::Libtest,
         needs: &[],
-        limit: minutes(30),
+        limit: minutes(75),
     },
     Suite {
         // Our manifests on a real Kubernetes: nodes Ready, CoreDNS, volumes, Services, a policy, agents killed under load.
@@ -138,14 +139,14 @@ const SUITES: &[Suite] = &[
         command: &["make", "--no-print-directory", "demo-cluster"],
         judge: Judge::Status,
         needs: &[("go", "cluster")],
-        limit: minutes(40),
+        limit: minutes(60),
     },
     Suite {
         name: "kernels 6.1 and 6.12",
         command: &["cargo", "xtask", "kernels"],
         judge: Judge::Rows,
         needs: &[("qemu-system-x86_64", "kernels"), ("go", "cluster")],
-        limit: minutes(45),
+        limit: minutes(120),
     },
 ];
 
