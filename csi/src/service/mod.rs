@@ -114,9 +114,7 @@ impl Shared {
             Err(_) => Err(refuse(hung(what, PATIENCE))),
         }
     }
-}
 
-impl Shared {
     /// Like [`Shared::probe`], for who may wait until others have looked.
     async fn look<T: Send + 'static>(
         &self,
@@ -133,6 +131,12 @@ impl Shared {
             }
         }
     }
+}
+
+/// Runs a step on a thread that may block. Once begun it goes on without its caller.
+async fn blocking<T: Send + 'static>(act: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let outcome = tokio::task::spawn_blocking(act).await;
+    outcome.unwrap_or_else(|error| Err(Error::io("run an operation", std::io::Error::other(error))))
 }
 
 /// The outcome of a task, as a status.

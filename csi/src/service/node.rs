@@ -3,7 +3,7 @@
 use tonic::{Request, Response, Status};
 
 use super::health::storage;
-use super::{Shared, finished, offered, refuse, signed};
+use super::{Shared, blocking, finished, offered, refuse, signed};
 use crate::backend::Usage;
 use crate::csi::node_get_storage_health_response::StorageBackendHealth;
 use crate::csi::node_server::Node;
@@ -218,15 +218,4 @@ async fn steps(shared: &Shared, stage: request::Stage) -> crate::error::Result<(
     }
     let (volumes, _noted) = (shared.volumes.clone(), shared.volumes.probes.note(staging.id().as_str()));
     blocking(move || volumes.finish(staging)).await
-}
-
-async fn blocking<T, F>(act: F) -> crate::error::Result<T>
-where
-    T: Send + 'static,
-    F: FnOnce() -> crate::error::Result<T> + Send + 'static,
-{
-    match tokio::task::spawn_blocking(act).await {
-        Ok(outcome) => outcome,
-        Err(error) => Err(Error::io("run a step", std::io::Error::other(error))),
-    }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+use super::blocking;
 use crate::error::{Error, Result};
 use crate::state::Store;
 
@@ -36,25 +37,19 @@ impl Slots {
     ) -> Result<T> {
         let closed = |_| Error::io("wait for a slot", std::io::Error::other("the driver is stopping"));
         let slot = self.of[store as usize].clone().acquire_owned().await.map_err(closed)?;
-        let mut task = tokio::task::spawn_blocking(act);
-        let outcome = match store {
+        let mut task = std::pin::pin!(blocking(act));
+        match store {
             Store::Pool => task.await,
             Store::Devices | Store::Group | Store::ThinPool => match tokio::time::timeout(self.kept, &mut task).await {
                 Ok(outcome) => outcome,
                 Err(_) => {
                     tracing::warn!(?store, "something takes long; others go on meanwhile");
                     drop(slot);
-                    return flat(task.await);
+                    task.await
                 }
             },
-        };
-        drop(slot);
-        flat(outcome)
+        }
     }
-}
-
-fn flat<T>(outcome: std::result::Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
-    outcome.unwrap_or_else(|error| Err(Error::io("run an operation", std::io::Error::other(error))))
 }
 
 #[cfg(test)]
