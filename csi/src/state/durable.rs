@@ -10,34 +10,39 @@ use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
 
-/// Writes a file whole: beside its name, synced, renamed, and the directory synced.
+/// Writes a file whole, and for good: beside its name, synced, renamed, and the directory synced.
 ///
 /// # Errors
 /// [`Error::Io`]; the old content is there still.
 pub fn write_durably(directory: &Path, name: &str, content: &[u8]) -> Result<()> {
-    let beside = directory.join(format!("{name}.tmp"));
-    let written = write(directory, name, &beside, content);
+    write(directory, name, content, true)
+}
+
+/// Writes a file whole for as long as this boot lasts: beside its name and renamed, and never synced.
+///
+/// # Errors
+/// [`Error::Io`]; the old content is there still.
+pub fn write_for_this_boot(directory: &Path, name: &str, content: &[u8]) -> Result<()> {
+    write(directory, name, content, false)
+}
+
+fn write(directory: &Path, name: &str, content: &[u8], durably: bool) -> Result<()> {
+    let (path, beside) = (directory.join(name), directory.join(format!("{name}.tmp")));
+    let written = write_beside(&beside, content, durably).and_then(|()| std::fs::rename(&beside, &path));
     if written.is_err() {
         // What there is of it takes room, of which there may be none.
         let _ = std::fs::remove_file(&beside);
     }
-    written
+    written.context(|| format!("write {}", path.display()))?;
+    if durably { sync_directory(directory) } else { Ok(()) }
 }
 
-fn write(directory: &Path, name: &str, beside: &Path, content: &[u8]) -> Result<()> {
-    let path = directory.join(name);
-    let what = || format!("write {}", path.display());
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(beside)
-        .context(what)?;
-    file.write_all(content).and_then(|()| file.sync_all()).context(what)?;
-    std::fs::rename(beside, &path).context(what)?;
-    sync_directory(directory)
+fn write_beside(beside: &Path, content: &[u8], durably: bool) -> std::io::Result<()> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    let mut file = options.open(beside)?;
+    file.write_all(content)?;
+    if durably { file.sync_all() } else { Ok(()) }
 }
 
 /// Makes names that were made or removed in a directory durable.

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use super::durable::write_for_this_boot;
 use crate::error::{Context, Error, Result};
 use crate::model::{Use, VolumeId};
 
@@ -108,16 +109,11 @@ impl Uses {
     }
 
     fn write(&self, id: &VolumeId, uses: &[Use]) -> Result<()> {
-        let (path, beside) = (self.directory.join(file_name(id)), self.directory.join(format!("{id}.tmp")));
+        let name = file_name(id);
         let of = OfBoot { boot: self.boot.clone(), uses: uses.to_vec() };
-        let text =
-            serde_json::to_vec(&of).map_err(|error| Error::Corrupt { path: path.clone(), why: error.to_string() })?;
-        let written = std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, &path));
-        if written.is_err() {
-            // What there is of it takes room, of which there may be none.
-            let _ = std::fs::remove_file(&beside);
-        }
-        written.context(|| format!("write {}", path.display()))
+        let corrupt =
+            |error: serde_json::Error| Error::Corrupt { path: self.directory.join(&name), why: error.to_string() };
+        write_for_this_boot(&self.directory, &name, &serde_json::to_vec(&of).map_err(corrupt)?)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<VolumeId, Vec<Use>>> {
