@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::wait::waitpid;
 use serde::{Deserialize, Serialize};
@@ -77,6 +77,7 @@ fn build_filesystems(spec: &NodeSpec) -> Result<()> {
     let hierarchies = cgroup::hierarchies()?;
     change("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
     fresh("proc", Path::new("/proc"), "")?;
+    leave_others_disks(spec)?;
     // A fresh sysfs shows this network namespace's devices.
     fresh("sysfs", Path::new("/sys"), "")?;
     mount_cgroups(&hierarchies)?;
@@ -97,6 +98,22 @@ fn build_filesystems(spec: &NodeSpec) -> Result<()> {
     }
     // As systemd leaves a booted machine; what the kubelet mounts must reach containers.
     change("/", MsFlags::MS_REC | MsFlags::MS_SHARED)
+}
+
+/// Unmounts the loop devices that the machine has mounted, but for what the node's own disk is on: a node's copy of the mount would keep
+/// them from being unmounted by whoever they are of.
+fn leave_others_disks(spec: &NodeSpec) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    for line in mounts.lines() {
+        let Some((left, right)) = line.split_once(" - ") else { continue };
+        let (at, source) = (left.split(' ').nth(4), right.split(' ').nth(1));
+        let (Some(at), Some(source)) = (at, source) else { continue };
+        if source.starts_with("/dev/loop") && !spec.disk.starts_with(at) {
+            // It may be gone with one that it was on.
+            let _ = umount2(at, MntFlags::MNT_DETACH);
+        }
+    }
+    Ok(())
 }
 
 /// Mounts the cgroup hierarchies at their usual places; in the node's cgroup namespace their root is the node's group.

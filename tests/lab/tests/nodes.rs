@@ -90,6 +90,29 @@ fn a_power_cut_keeps_the_disk_and_forgets_the_rest() {
     lab.outside.run(&["busybox", "ping", "-c1", "-W2", &node.v4.to_string()]).unwrap();
 }
 
+/// Whoever tests volumes at the same time finds them unmounted when he has unmounted them.
+#[test]
+fn a_node_holds_no_disk_of_the_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, at) = (dir.path().join("disk").display().to_string(), dir.path().join("at").display().to_string());
+    fs::create_dir(&at).unwrap();
+    for argv in
+        [&["truncate", "-s", "16M", &image][..], &["mkfs.ext4", "-q", &image], &["mount", "-o", "loop", &image, &at]]
+    {
+        run(argv).unwrap();
+    }
+    let lab = Lab::new(1);
+    run(&["umount", &at]).unwrap();
+    let lab = lab.unwrap();
+    lab.node(1).run(&["true"]).unwrap();
+    wait_for("the loop device to be let go", Duration::from_secs(10), || {
+        let loops = run(&["losetup", "--list", "--noheadings"])?;
+        anyhow::ensure!(!loops.contains(&image), "{loops}");
+        Ok(())
+    })
+    .unwrap();
+}
+
 #[test]
 fn nothing_is_left_after_a_panic() {
     let (sender, receiver) = std::sync::mpsc::channel();
