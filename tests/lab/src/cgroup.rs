@@ -5,11 +5,10 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::sh::wait_for;
+use crate::sh::{SOON, wait_for};
 
 /// The top group of all labs.
 pub const TOP: &str = "keelway-lab";
@@ -68,7 +67,7 @@ pub fn v2_mount() -> Result<PathBuf> {
 /// Makes `group` (a path without leading slash) in every hierarchy, ready to take processes.
 pub fn make(group: &str) -> Result<()> {
     // Another lab's end may remove the top group just before something is made in it.
-    wait_for("a cgroup to be made", Duration::from_secs(1), || try_make(group))
+    wait_for("a cgroup to be made", SOON, || try_make(group))
 }
 
 fn try_make(group: &str) -> Result<()> {
@@ -119,6 +118,18 @@ pub fn join(group: &str) -> Result<()> {
     Ok(())
 }
 
+/// The processes in a group of the v2 tree and below it, by their numbers on this machine.
+pub fn processes(dir: &Path) -> Vec<u32> {
+    let own = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    let mut found: Vec<u32> = own.lines().filter_map(|line| line.parse().ok()).collect();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            found.extend(processes(&entry.path()));
+        }
+    }
+    found
+}
+
 /// Ends every process in `group` and below with SIGKILL and waits until none is left.
 pub fn kill(group: &str) -> Result<()> {
     let dir = v2_mount()?.join(group);
@@ -126,7 +137,7 @@ pub fn kill(group: &str) -> Result<()> {
         return Ok(());
     }
     fs::write(dir.join("cgroup.kill"), "1").with_context(|| format!("killing the processes of {}", dir.display()))?;
-    wait_for("the lab's processes to end", Duration::from_secs(20), || {
+    wait_for("the lab's processes to end", SOON, || {
         let events = fs::read_to_string(dir.join("cgroup.events"))?;
         if events.contains("populated 1") { bail!("some are still there") } else { Ok(()) }
     })
@@ -137,7 +148,7 @@ pub fn remove(group: &str) -> Result<()> {
     for hierarchy in hierarchies()? {
         let dir = hierarchy.mount.join(group);
         // A v1 group whose last process has just ended answers EBUSY for a moment.
-        wait_for("a cgroup to empty", Duration::from_secs(5), || remove_tree(&dir))?;
+        wait_for("a cgroup to empty", SOON, || remove_tree(&dir))?;
     }
     Ok(())
 }

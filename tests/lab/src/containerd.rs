@@ -1,7 +1,6 @@
 //! containerd on a node: Debian's 1.6, or 2.x as a cluster's kubelet wants it.
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -9,7 +8,7 @@ use crate::cri::Cri;
 use crate::image::Image;
 use crate::node::Node;
 use crate::process::Process;
-use crate::sh::{self, wait_for};
+use crate::sh::{self, SOON, wait_for};
 
 /// The image that holds a pod's namespaces, under the name that both versions are told.
 pub const PAUSE: &str = "registry.k8s.io/pause:3.10.2";
@@ -41,7 +40,7 @@ impl Containerd {
         let process = node.spawn("containerd", &argv)?;
         let mut this = Self { process, ctr };
         let socket = node.path(SOCKET)?;
-        wait_for("containerd", Duration::from_secs(30), || {
+        wait_for("containerd", SOON, || {
             this.process.check()?;
             Cri::connect(&socket)?.version()
         })?;

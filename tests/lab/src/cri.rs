@@ -18,8 +18,8 @@ pub mod v1 {
 
 use v1::runtime_service_client::RuntimeServiceClient;
 
-/// Longer than a plugin may take.
-const LIMIT: Duration = Duration::from_secs(60);
+/// Longer than a plugin may take, and than any test's program in a pod.
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// A pod to start: one container in its own network.
 #[derive(Clone, Debug)]

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use crate::csi::Csi;
 use crate::probe::{Asked, Flowed};
-use crate::sh::{self, wait_for};
+use crate::sh::{self, SOON, wait_for};
 use crate::standalone::{self, Pod, Standalone};
 use crate::story::Story;
 
@@ -133,7 +133,7 @@ impl Demo<'_> {
             let short = ["--count", "5", "--timeout", "300"];
             let address = web.address(false).to_string();
             self.eventually(self.far, &address, 8080, &short, |report| report.answered() == 0)?;
-            let (stranger, friend) = (self.ask_web(self.far, &short)?, self.ask_web(self.friend, &short)?);
+            let (stranger, friend) = (self.ask_web(self.far, &short)?, self.ask_web(self.friend, &["--count", "5"])?);
             let good = before.answered() == 5 && stranger.answered() == 0 && friend.answered() == 5;
             let (before, stranger, friend) = (before.answered(), stranger.answered(), friend.answered());
             Ok((good, format!("stranger {before}/5 before, {stranger}/5 after; friend {friend}/5")))
@@ -143,8 +143,9 @@ impl Demo<'_> {
             let short = ["--count", "5", "--timeout", "300"];
             let elsewhere = self.far.address(false).to_string();
             self.eventually(self.friend, &elsewhere, 8080, &short, |report| report.answered() == 0)?;
-            let (web, other) = (self.ask_web(self.friend, &short)?, self.ask(self.friend, elsewhere, 8080, &short)?);
-            let back = self.ask(self.far, self.friend.address(false).to_string(), 8080, &short)?;
+            let (web, other) =
+                (self.ask_web(self.friend, &["--count", "5"])?, self.ask(self.friend, elsewhere, 8080, &short)?);
+            let back = self.ask(self.far, self.friend.address(false).to_string(), 8080, &["--count", "5"])?;
             let good = web.answered() == 5 && other.answered() == 0 && back.answered() == 5;
             let (web, other, back) = (web.answered(), other.answered(), back.answered());
             Ok((good, format!("to web {web}/5, elsewhere {other}/5, asked by others {back}/5")))
@@ -176,7 +177,7 @@ impl Demo<'_> {
                 let (flow, ask) = (flow.join().expect(panicked)?, ask.join().expect(panicked)?);
                 let denied = denied.join().expect(panicked)?;
                 let good = flow.lost() == 0 && flow.failures.is_empty() && flow.sent > 1000;
-                let good = good && ask.answered() == 1200 && denied.answered() == 0 && denied.tried == 20;
+                let good = good && ask.answered() == 1200 && ask.resent == 0 && denied.answered() == 0 && denied.tried == 20;
                 let (sent, lost, gap) = (flow.sent, flow.lost(), flow.longest_gap / 1000);
                 let failed = ask.tried - ask.answered();
                 let seen = format!("a flow of {sent} messages lost {lost}, longest silence {gap} ms; of {} new connections {failed} failed;", ask.tried);
@@ -193,7 +194,7 @@ impl Demo<'_> {
             node.run(&["mkdir", "-p", "/var/lib/kubelet/plugins/local.csi.keelway.dev"])?;
             let mut driver =
                 node.spawn("csi", &[&driver, "--no-registration", "--node-name", &node.name, &endpoint])?;
-            let csi = wait_for("the driver", Duration::from_secs(10), || {
+            let csi = wait_for("the driver", SOON, || {
                 driver.check()?;
                 Csi::connect(node, DRIVER_SOCKET)
             })?;
@@ -274,7 +275,7 @@ impl Demo<'_> {
         options: &[&str],
         wanted: impl Fn(&Asked) -> bool,
     ) -> Result<Asked> {
-        wait_for(&format!("{address} from {}", from.name), Duration::from_secs(10), || {
+        wait_for(&format!("{address} from {}", from.name), SOON, || {
             let report = self.ask(from, address.to_owned(), port, options)?;
             ensure!(wanted(&report), "it saw {report:?}");
             Ok(report)

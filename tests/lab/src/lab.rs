@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::host::Host;
 use crate::node::Node;
-use crate::{cgroup, clean, netns, sh};
+use crate::{cgroup, clean, netns, probe, sh};
 
 /// Any number of nodes on one switch, with a machine outside that is no node and is everyone's gateway.
 #[derive(Debug)]
@@ -48,7 +48,8 @@ impl Lab {
         if dir.exists() {
             bail!("a lab `{id}` exists already: `keelway-lab clean --all` removes it");
         }
-        fs::create_dir_all(&dir)?;
+        // Another lab's end may remove the folder of all just before.
+        sh::wait_for("the lab's folder", sh::SOON, || Ok(fs::create_dir_all(&dir)?))?;
         let guard = start_guard(id)?;
         fs::write(dir.join("guard"), guard.id().to_string())?;
         let outside = host(id, "outside", netns::OUTSIDE)?;
@@ -115,6 +116,19 @@ impl Lab {
     /// The handle of a machine that [`Lab::add_host`] made.
     pub fn host(&self, name: &str, number: u8) -> Result<Host> {
         host(&self.id, name, number)
+    }
+
+    /// Waits until so many of the probe's flows have been answered for the first time, wherever in the lab they run.
+    pub fn wait_for_flows(&self, count: usize) -> Result<()> {
+        let top = cgroup::v2_mount()?.join(cgroup::TOP).join(&self.id);
+        let wanted = probe::flow::UNDER_WAY.to_str()?;
+        sh::wait_for(&format!("{count} flows to be under way"), sh::SOON, || {
+            let named =
+                |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n.trim_end() == wanted);
+            let found = cgroup::processes(&top).iter().filter(|pid| named(pid)).count();
+            ensure!(found == count, "{found} are");
+            Ok(())
+        })
     }
 
     fn plug(&self, host: &Host) -> Result<()> {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::cluster::programs::root;
 use crate::probe::{Asked, Flowed, Watched};
 use crate::process::Process;
-use crate::sh::{self, wait_for};
+use crate::sh::{self, SOON, wait_for};
 use crate::standalone::{Pod, Standalone};
 
 const VIPS: [[&str; 2]; 2] = [["10.96.0.20", "fd00:10:96::20"], ["10.96.0.21", "fd00:10:96::21"]];
@@ -81,7 +81,7 @@ impl Load {
             s.service(&format!("load-{index}"), VIPS[index], protocol, 80, &[&this.near, &this.far])?;
         }
         s.write("load", POLICY)?;
-        wait_for("the load's way", Duration::from_secs(20), || {
+        wait_for("the load's way", SOON, || {
             for (path, udp, v6) in FLOWS {
                 let report: Asked = this.probe(
                     s,

@@ -5,7 +5,6 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
@@ -14,7 +13,7 @@ use nix::unistd::Pid;
 use crate::boot::NodeSpec;
 use crate::host::Host;
 use crate::process::child_of;
-use crate::sh::{self, wait_for};
+use crate::sh::{self, SOON, wait_for};
 use crate::{cgroup, clean, netns};
 
 /// A node of a lab; what a [`Host`] can do, it can do inside its namespaces.
@@ -77,12 +76,11 @@ impl Node {
         let mut command = Command::new(sh::own("keelway-lab")?);
         command.arg("node-init").arg(&spec_file).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let mut parent = command.process_group(0).spawn()?;
-        let pid =
-            wait_for(&format!("{} to boot", self.name), Duration::from_secs(20), || match parent.try_wait()? {
-                Some(_) => Ok(None),
-                None if ready.exists() => Ok(child_of(parent.id())),
-                None => bail!("it is still booting"),
-            })?;
+        let pid = wait_for(&format!("{} to boot", self.name), SOON, || match parent.try_wait()? {
+            Some(_) => Ok(None),
+            None if ready.exists() => Ok(child_of(parent.id())),
+            None => bail!("it is still booting"),
+        })?;
         let Some(pid) = pid else { bail!("{} did not boot: {}", self.name, fs::read_to_string(&log)?.trim()) };
         fs::write(self.pid1_file(), pid.to_string())?;
         *self.parent.lock().expect("nobody panics with this lock") = Some(parent);

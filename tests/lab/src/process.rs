@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::sh::wait_for;
+use crate::sh::{SOON, wait_for};
 
 /// A running program, which `keelway-lab enter` started and waits for. Dropping it kills it.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ impl Process {
     /// Starts `command` (from [`crate::Host::command`]) and waits until the program within has a process.
     pub(crate) fn start(name: &str, mut command: Command, log: PathBuf) -> Result<Self> {
         let mut wrapper = command.spawn().with_context(|| format!("starting {name}"))?;
-        let pid = wait_for(name, Duration::from_secs(10), || match child_of(wrapper.id()) {
+        let pid = wait_for(name, SOON, || match child_of(wrapper.id()) {
             Some(pid) => Ok(Some(pid)),
             None if wrapper.try_wait()?.is_some() => Ok(None),
             None => bail!("it has not started"),
@@ -66,9 +66,7 @@ impl Process {
                 Err(error) => return Err(error).with_context(|| format!("sending {signal} to {}", self.name)),
             }
         }
-        wait_for(&format!("{} to end", self.name), Duration::from_secs(20), || {
-            self.wrapper.try_wait()?.context("it is still running")
-        })
+        wait_for(&format!("{} to end", self.name), SOON, || self.wrapper.try_wait()?.context("it is still running"))
     }
 
     /// Waits until it ends by itself.

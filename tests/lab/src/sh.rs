@@ -9,6 +9,9 @@ use anyhow::{Context, Result, bail};
 /// Where programs are looked for, inside nodes too; `sbin` is not on every caller's path.
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// How long to wait for what has to happen: long, for a busy machine takes its time, and where it happens none of it is wasted.
+pub const SOON: Duration = Duration::from_secs(60);
+
 /// Runs a program to its end and gives its standard output; an exit status other than 0 is an error with its words.
 pub fn run<A: AsRef<OsStr>>(argv: &[A]) -> Result<String> {
     let (program, args) = argv.split_first().context("an empty command")?;

@@ -6,7 +6,6 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
@@ -14,7 +13,7 @@ use nix::sys::signal::Signal;
 use crate::containerd::{Containerd, PROBE, basic_images};
 use crate::cri::{Cri, PodSpec, Sandbox};
 use crate::process::Process;
-use crate::sh::{self, wait_for};
+use crate::sh::{self, SOON, wait_for};
 use crate::{Lab, Node};
 
 /// A pod that runs.
@@ -212,7 +211,7 @@ impl Standalone {
 
     /// Waits until a node's tables are in step with the manifests.
     pub fn wait_synced(&self, number: usize) -> Result<()> {
-        wait_for(&format!("the agent of node {number} to be in sync"), Duration::from_secs(30), || {
+        wait_for(&format!("the agent of node {number} to be in sync"), SOON, || {
             let status = self.status(number)?;
             anyhow::ensure!(status["synced"] == true, "not in sync: {}", status["problems"]);
             Ok(())

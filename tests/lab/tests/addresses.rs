@@ -4,14 +4,14 @@ use std::time::{Duration, Instant};
 
 use keelway_lab::probe::Asked;
 use keelway_lab::services::Backend;
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::standalone::{self, Standalone};
 use serde_json::json;
 
 const VIPS: [&str; 2] = ["10.96.0.10", "fd00:10:96::10"];
 const PORT: u16 = 30_080;
-/// An address is noticed at once; this is what a busy machine takes to ask.
-const AT_ONCE: Duration = Duration::from_secs(2);
+/// An address is noticed at once; this is what a busy machine takes to ask. The agent itself looks twice a minute.
+const AT_ONCE: Duration = Duration::from_secs(12);
 
 fn start(nodes: u8, args: &[&str]) -> Option<Standalone> {
     if let Some(reason) = standalone::missing() {
@@ -21,10 +21,15 @@ fn start(nodes: u8, args: &[&str]) -> Option<Standalone> {
     Some(Standalone::new(nodes, args).unwrap())
 }
 
+/// Asks once, in vain perhaps.
+fn knock(s: &Standalone, address: IpAddr) -> Asked {
+    outside(s, address, &["--timeout", "300"])
+}
+
 fn outside(s: &Standalone, address: IpAddr, more: &[&str]) -> Asked {
     let (probe, target) = (sh::own("keelway-probe").unwrap().display().to_string(), SocketAddr::new(address, PORT));
     let target = target.to_string();
-    let text = s.lab.outside.run(&[&[probe.as_str(), "ask", &target, "--timeout", "300"], more].concat()).unwrap();
+    let text = s.lab.outside.run(&[&[probe.as_str(), "ask", &target], more].concat()).unwrap();
     serde_json::from_str(&text).unwrap()
 }
 
@@ -38,7 +43,7 @@ fn node_port() -> serde_json::Value {
 fn becomes(s: &Standalone, address: IpAddr, answered: bool, patience: Duration) -> Duration {
     let begun = Instant::now();
     loop {
-        let asked = outside(s, address, &[]);
+        let asked = knock(s, address);
         if (asked.answered() == 1) == answered {
             return begun.elapsed();
         }
@@ -57,7 +62,7 @@ fn node_ports_answer_where_they_are_wanted_and_follow_the_nodes_addresses() {
     let (node, b) = (s.node(1), s.pod(1, "b", &[]).unwrap());
     s.put_service("np", &node_port(), &json!({}), &[Backend::pod(&s, &b)]).unwrap();
     for own in [node.v4.into(), node.v6.into()] {
-        becomes(&s, own, true, Duration::from_secs(10));
+        becomes(&s, own, true, SOON);
     }
     let addresses = ["10.99.0.5", "fd00:99::5", "10.98.0.5"].map(|text| text.parse::<IpAddr>().unwrap());
     let change = |verb: &str, address: &IpAddr| {
@@ -69,7 +74,7 @@ fn node_ports_answer_where_they_are_wanted_and_follow_the_nodes_addresses() {
         // Whoever has it, the node is the way there.
         let gateway: IpAddr = if address.is_ipv4() { node.v4.into() } else { node.v6.into() };
         s.lab.outside.run(&["ip", "route", "add", &address.to_string(), "via", &gateway.to_string()]).unwrap();
-        assert_eq!(outside(&s, *address, &[]).answered(), 0, "nobody has it yet");
+        assert_eq!(knock(&s, *address).answered(), 0, "nobody has it yet");
     }
     for round in 0..2 {
         for address in &addresses[..2] {
@@ -85,14 +90,14 @@ fn node_ports_answer_where_they_are_wanted_and_follow_the_nodes_addresses() {
     }
     // Not among those that are wanted: the node's own stack has it, and nothing listens there.
     change("add", &addresses[2]);
-    wait_for("the node to answer for itself", Duration::from_secs(5), || {
-        let asked = outside(&s, addresses[2], &[]);
+    wait_for("the node to answer for itself", SOON, || {
+        let asked = knock(&s, addresses[2]);
         anyhow::ensure!(asked.failures.contains_key("refused"), "{asked:?}");
         Ok(())
     })
     .unwrap();
-    std::thread::sleep(AT_ONCE / 2);
-    assert_eq!(outside(&s, addresses[2], &[]).failures.get("refused"), Some(&1));
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(knock(&s, addresses[2]).failures.get("refused"), Some(&1));
 }
 
 #[test]
@@ -116,7 +121,7 @@ fn a_backend_on_any_address_of_the_node_serves() {
     s.put_service("np", &node_port(), &json!({}), &[backend]).unwrap();
     for v6 in [false, true] {
         let own: IpAddr = if v6 { node.v6.into() } else { node.v4.into() };
-        becomes(&s, own, true, Duration::from_secs(10));
+        becomes(&s, own, true, SOON);
         let node_port = SocketAddr::new(own, PORT).to_string();
         let cluster_ip = SocketAddr::new(VIPS[usize::from(v6)].parse().unwrap(), 80).to_string();
         let reports = [

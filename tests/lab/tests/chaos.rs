@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Result, ensure};
 use keelway_lab::memory_api::MemoryApi;
 use keelway_lab::probe::{Asked, Percentiles};
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::{Lab, Node, Process, plugin};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -41,7 +41,7 @@ fn own(name: &str) -> String {
 fn start_agent(node: &Node, kubeconfig: &str) -> Process {
     let argv = [&own("keelway-agent"), "--kubeconfig", kubeconfig, "--node-name", &node.name];
     let agent = node.spawn("agent", &argv).unwrap();
-    wait_for("the agent to be in sync", Duration::from_secs(60), || {
+    wait_for("the agent to be in sync", SOON, || {
         node.run(&["busybox", "wget", "-qO-", "http://127.0.0.1:10256/healthz"]).map(drop)
     })
     .unwrap_or_else(|error| panic!("{error:?}\n{}", agent.output()));
@@ -189,7 +189,7 @@ fn endpoints_that_flap_under_load_with_the_agent_killed_lose_nothing() {
     let ways = [(From::Pod, false), (From::PodPastSockets, true), (From::Host, false), (From::Outside, true)];
     let ways = ways.map(|(from, v6)| [Way { from, udp: false, v6 }, Way { from, udp: true, v6: !v6 }]);
     let ways: Vec<Way> = ways.into_iter().flatten().collect();
-    wait_for("the Service from everywhere", Duration::from_secs(20), || {
+    wait_for("the Service from everywhere", SOON, || {
         // The slices came in this order.
         let target = format!("[{}]:80", VIPS[1]);
         let argv = ["ip", "netns", "exec", "client", &probe, "ask", &target, "--count", "8"];

@@ -74,7 +74,7 @@ fn services(s: &Standalone, backends: &[&Pod]) {
 fn ask(s: &Standalone, target: SocketAddr, flags: &[&str]) -> Asked {
     let probe = sh::own("keelway-probe").unwrap().display().to_string();
     let target = target.to_string();
-    let argv = [&[probe.as_str(), "ask", &target, "--timeout", "1000"], flags].concat();
+    let argv = [&[probe.as_str(), "ask", &target], flags].concat();
     serde_json::from_str(&s.lab.outside.run(&argv).unwrap()).unwrap()
 }
 
@@ -82,8 +82,8 @@ fn ask(s: &Standalone, target: SocketAddr, flags: &[&str]) -> Asked {
 #[track_caller]
 fn eventually_seen_as(s: &Standalone, target: SocketAddr, flags: &[&str], pod: &str, seen: IpAddr) {
     let seen = seen.to_string();
-    sh::wait_for(&format!("{pod} to see {seen}"), Duration::from_secs(20), || {
-        let report = ask(s, target, &[&["--count", "10"], flags].concat());
+    sh::wait_for(&format!("{pod} to see {seen}"), sh::SOON, || {
+        let report = ask(s, target, &[&["--count", "10", "--timeout", "1000"], flags].concat());
         let keys = |map: &BTreeMap<String, u64>| map.keys().cloned().collect::<Vec<_>>();
         let drops = [1, 2].map(|number| s.status(number).map(|status| status["drops"].to_string()));
         anyhow::ensure!(
@@ -195,7 +195,7 @@ fn dial_from(port: u16, target: SocketAddr, reset: bool) -> std::io::Result<TcpS
 
 /// Sends a line of so many bytes and answers the first word of what comes back.
 fn talk(mut stream: TcpStream, bytes: usize) -> std::io::Result<String> {
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.set_read_timeout(Some(sh::SOON))?;
     stream.write_all(format!("{}\n", "x".repeat(bytes)).as_bytes())?;
     let mut line = String::new();
     BufReader::new(&stream).read_line(&mut line)?;
@@ -240,9 +240,10 @@ fn rules(s: &Standalone) {
     let both = |host: &Host| [format!("{}/32", host.v4), format!("\"{}/128\"", host.v6)];
     s.write("policy", &policy(both(s.node(1)))).unwrap();
     for v6 in [false, true] {
-        sh::wait_for("the policy to hold", Duration::from_secs(10), || {
-            let reports =
-                TRANSPORTS.map(|(_, flags)| ask(s, at(of(s.node(1), v6)), &[&["--count", "2"], flags].concat()));
+        sh::wait_for("the policy to hold", sh::SOON, || {
+            let reports = TRANSPORTS.map(|(_, flags)| {
+                ask(s, at(of(s.node(1), v6)), &[&["--count", "2", "--timeout", "1000"], flags].concat())
+            });
             anyhow::ensure!(reports.iter().all(|report| report.answered() == 0), "{reports:?}");
             Ok(())
         })
@@ -279,9 +280,8 @@ fn errors(s: &Standalone, c: &Pod) {
     beyond.ip("-6 route replace default via 2001:db8:2::1 dev narrow mtu 1300 advmss 1440");
     for (v6, client) in [(false, "192.0.2.10"), (true, "2001:db8:2::10")] {
         let target = at(of(s.node(1), v6));
-        let answer = beyond.run(move || {
-            TcpStream::connect_timeout(&target, Duration::from_secs(5)).and_then(|stream| talk(stream, 20_000))
-        });
+        let answer =
+            beyond.run(move || TcpStream::connect_timeout(&target, sh::SOON).and_then(|stream| talk(stream, 20_000)));
         assert_eq!(answer.unwrap(), "c", "{target}");
         // It was told, and not merely lucky.
         let route = Place::pod(s, c).run(move || sh::run(&["ip", "route", "get", client])).unwrap();
@@ -309,11 +309,11 @@ fn lies(s: &Standalone, c: &Pod) {
         [&[8, 0, 0, 0][..], &ID_OF_8080, &[0], &macs, &[8, 0], &ip].concat()
     };
     let to = SocketAddr::from((s.node(2).v4, 8472));
-    let heard = |from: &Place, port: u16| {
+    let heard = |from: &Place, port: u16, patience: Duration| {
         let packet = datagram(port);
         let answers = Place::host(&s.lab.outside).run(move || {
             let socket = UdpSocket::bind((client, port)).unwrap();
-            socket.set_read_timeout(Some(Duration::from_millis(700))).unwrap();
+            socket.set_read_timeout(Some(patience)).unwrap();
             socket
         });
         from.run(move || {
@@ -325,16 +325,21 @@ fn lies(s: &Standalone, c: &Pod) {
     };
     let [node, outside] = [s.node(1), &s.lab.outside].map(Place::host);
     let near = s.pod(1, "near", &[]).unwrap();
+    let short = Duration::from_millis(700);
     let dropped = |reason: &str, number: usize| {
         let status = s.status(number).unwrap();
         let drops = status["drops"].as_array().unwrap().clone();
         drops.iter().filter(|drop| drop["reason"] == reason).filter_map(|drop| drop["packets"].as_u64()).sum::<u64>()
     };
-    assert_eq!(heard(&node, 7001), Some(SocketAddr::from((frontend, NODE_PORT))), "what a node says is so");
+    assert_eq!(
+        heard(&node, 7001, Duration::from_secs(10)),
+        Some(SocketAddr::from((frontend, NODE_PORT))),
+        "what a node says is so"
+    );
     let (foreign, pods) = (dropped("tunnel-source", 2), dropped("tunnel-from-pod", 1));
-    assert_eq!(heard(&outside, 7002), None, "from outside");
+    assert_eq!(heard(&outside, 7002, short), None, "from outside");
     assert_eq!(dropped("tunnel-source", 2), foreign + 1);
-    assert_eq!(heard(&Place::pod(s, &near), 7003), None, "from a pod");
+    assert_eq!(heard(&Place::pod(s, &near), 7003, short), None, "from a pod");
     assert_eq!(dropped("tunnel-from-pod", 1), pods + 1);
     s.remove_pod(&near).unwrap();
 }
@@ -349,7 +354,7 @@ fn an_older_node(s: &Standalone) {
     assert_ne!(text, labelled);
     // One of before, which goes on.
     let client = Place::host(&s.lab.outside).run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
-    client.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let target = at(s.node(1).v4.into());
     let seen = || {
         client.send_to(b"who", target).unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use keelway_lab::probe::{Asked, Flowed};
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::small_api::SmallApi;
 use keelway_lab::{Lab, Node};
 use nix::sys::signal::Signal;
@@ -122,7 +122,7 @@ fn change_over(mode: &str, legacy: bool) {
         serde_json::from_str(&text).unwrap()
     };
     for (v6, udp) in KINDS {
-        wait_for("kube-proxy to serve the node port", Duration::from_secs(60), || {
+        wait_for("kube-proxy to serve the node port", SOON, || {
             ensure!(ask(v6, udp, "1").answered() == 1, "{}", proxy.output());
             Ok(())
         })
@@ -157,7 +157,7 @@ fn change_over(mode: &str, legacy: bool) {
     assert!(lost.is_empty(), "{lost:#?}\n{}", started.output());
     // With the last of them the kernel's translation is let go.
     node.run(&["conntrack", "-F"]).unwrap();
-    wait_for("the translation to be let go", Duration::from_secs(60), || {
+    wait_for("the translation to be let go", SOON, || {
         let tables = node.run(&["nft", "list", "tables"])?;
         ensure!(!tables.contains("keelway"), "{tables}");
         Ok(())

@@ -1,10 +1,9 @@
 //! The life of a node: what comes back after a power cut, what happens while no agent runs, what `cleanup` leaves, and what is
 //! said of bad input.
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use keelway_lab::probe::Asked;
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::standalone::{self, Pod, Standalone};
 use nix::sys::signal::Signal;
 
@@ -94,7 +93,7 @@ fn without_an_agent_pods_go_on_new_ones_wait_and_ended_ones_are_settled_later() 
     assert!(std::fs::read_dir(&waiting).unwrap().count() > 0);
     s.start_agent(1).unwrap();
     s.wait_synced(1).unwrap();
-    wait_for("the DEL that waited", Duration::from_secs(10), || {
+    wait_for("the DEL that waited", SOON, || {
         anyhow::ensure!(std::fs::read_dir(&waiting)?.count() == 0, "it still waits");
         anyhow::ensure!(s.status(1)?["counts"]["endpoints"] == 1, "{}", s.status(1)?);
         Ok(())

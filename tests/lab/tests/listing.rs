@@ -1,10 +1,8 @@
 //! `keelway services` and `keelway endpoints`: what is programmed on a node, with connections that are really there.
-use std::time::Duration;
-
 use anyhow::Context as _;
 use keelway_lab::Host;
 use keelway_lab::services::Backend;
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::standalone::{self, Standalone};
 use serde_json::{Value, json};
 
@@ -36,7 +34,7 @@ fn what_is_programmed_is_listed_with_its_backends_and_their_connections() {
     });
     let both = [Backend::pod(&s, &a), Backend::pod(&s, &b)];
     s.put_service("web", &spec, &json!({}), &both).unwrap();
-    wait_for("the Service to be listed", Duration::from_secs(20), || {
+    wait_for("the Service to be listed", SOON, || {
         // Until the agent has read its file there is no such Service to show.
         let answer = ask(&["services", "web", "-o", "json"]);
         let found: Value = serde_json::from_slice(&answer.stdout).with_context(|| format!("{answer:?}"))?;
@@ -79,7 +77,7 @@ fn what_is_programmed_is_listed_with_its_backends_and_their_connections() {
         let all = all["endpoints"].as_array().unwrap().clone();
         all.into_iter().find(|e| e["address"] == address.as_str()).unwrap_or(Value::Null)
     };
-    wait_for("two connections", Duration::from_secs(10), || {
+    wait_for("two connections", SOON, || {
         let found = backend(a.address(false).to_string());
         anyhow::ensure!(found["connections"] == 2, "{found}");
         Ok(())
@@ -91,7 +89,7 @@ fn what_is_programmed_is_listed_with_its_backends_and_their_connections() {
 
     // It leaves: what it has goes on, and is shown.
     s.put_service("web", &spec, &json!({}), &[both[0].clone().terminating(true), both[1].clone()]).unwrap();
-    wait_for("it to drain", Duration::from_secs(10), || {
+    wait_for("it to drain", SOON, || {
         // For clients outside it is the last resort; for all others it drains.
         let found = listed(&["services", "web", "-o", "json"]);
         let draining = found.to_string().contains("\"state\":\"draining\"");
@@ -115,7 +113,7 @@ fn what_is_programmed_is_listed_with_its_backends_and_their_connections() {
     let other = json!({"clusterIP": "10.96.0.11", "clusterIPs": ["10.96.0.11", "fd00:10:96::11"], "externalIPs": [VIPS[0]],
         "ports": [{"port": 80}]});
     s.put_service("late", &other, &json!({}), &both).unwrap();
-    wait_for("the conflict", Duration::from_secs(10), || {
+    wait_for("the conflict", SOON, || {
         let answer = ask(&["services", "late"]);
         let page = sh::words(&answer);
         anyhow::ensure!(answer.status.code() == Some(3) && page.contains("default/web's"), "{page}");

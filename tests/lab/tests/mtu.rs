@@ -98,7 +98,7 @@ fn the_largest_packet_passes_on_every_path_and_of_one_more_byte_the_sender_is_to
         fits_exactly("host to a pod of another node", &node, at(c.address(v6)), POD_MTU);
         fits_exactly("pod to the outside, masqueraded", &from, at(out), POD_MTU);
         let vip = of(VIPS[family]);
-        keelway_lab::sh::wait_for("the Service", std::time::Duration::from_secs(10), || {
+        keelway_lab::sh::wait_for("the Service", keelway_lab::sh::SOON, || {
             anyhow::ensure!(from.send(vip, 100) == Fate::Answered);
             Ok(())
         })

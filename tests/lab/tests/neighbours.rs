@@ -12,7 +12,7 @@ use aya::programs::{CgroupSockAddr, LinkOrder, SchedClassifier, TcAttachType};
 use keelway_lab::Node;
 use keelway_lab::cluster::{Cluster, programs};
 use keelway_lab::probe::Asked;
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::standalone::{self, Standalone};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
@@ -28,7 +28,7 @@ macro_rules! standalone_or_skip {
 }
 
 /// Longer than the agent takes between two looks around.
-const LOOK: Duration = Duration::from_secs(45);
+const LOOK: Duration = Duration::from_secs(90);
 
 /// Waits until `keelway status` of node 1 shows a problem with all these words.
 fn named(s: &Standalone, words: &[&str]) -> Result<String> {
@@ -42,7 +42,7 @@ fn named(s: &Standalone, words: &[&str]) -> Result<String> {
 
 /// What an unsuccessful start of another agent says.
 fn refused(node: &Node, argv: &[&str], words: &[&str]) {
-    let output = node.exec(&[&["timeout", "20"], argv].concat()).unwrap();
+    let output = node.exec(&[&["timeout", "120"], argv].concat()).unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!matches!(output.status.code(), Some(0 | 124)), "{argv:?} was accepted: {said}");
     for word in words {
@@ -220,7 +220,7 @@ fn a_running_kube_proxy_is_named_and_refused_at_its_port() {
     let proxy = cluster.bin.join("kube-proxy").display().to_string();
     let mode = ["--proxy-mode=nftables", "--hostname-override=node1", "--conntrack-max-per-core=0"];
     let mut running = node.spawn("kube-proxy", &[&[proxy.as_str(), &config], &mode[..]].concat()).unwrap();
-    wait_for("kube-proxy's rules", Duration::from_secs(60), || {
+    wait_for("kube-proxy's rules", SOON, || {
         running.check()?;
         let tables = node.run(&["nft", "list", "tables"])?;
         ensure!(tables.contains("kube-proxy"), "{tables}");

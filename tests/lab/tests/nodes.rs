@@ -1,9 +1,8 @@
 //! The lab itself: machines that see each other, keep what a disk keeps, and leave nothing behind.
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
-use keelway_lab::sh::{run, wait_for};
+use keelway_lab::sh::{SOON, run, wait_for};
 use keelway_lab::{Lab, cgroup, clean};
 
 fn traces(id: &str) -> Vec<String> {
@@ -31,7 +30,7 @@ fn machines_reach_each_other_in_both_families_until_cut() {
         (one, "203.0.113.10".to_owned()),
         (one, "2001:db8:113::10".to_owned()),
     ] {
-        from.run(&["busybox", "ping", "-c1", "-W2", &to]).unwrap();
+        from.run(&["busybox", "ping", "-c1", "-W10", &to]).unwrap();
     }
     two.cut().unwrap();
     assert!(
@@ -39,7 +38,9 @@ fn machines_reach_each_other_in_both_families_until_cut() {
         "a cut node answered"
     );
     two.heal().unwrap();
-    one.run(&["busybox", "ping", "-c1", "-W5", &two.v4.to_string()]).unwrap();
+    // The kernel takes up to a second to notice a cable, and what is sent until then is lost.
+    let answers = || one.run(&["busybox", "ping", "-c1", "-W5", &two.v4.to_string()]);
+    wait_for("the cable", SOON, answers).unwrap();
 }
 
 #[test]
@@ -77,7 +78,7 @@ fn a_power_cut_keeps_the_disk_and_forgets_the_rest() {
     node.run(&["ip", "link", "add", "left", "type", "veth", "peer", "name", "right"]).unwrap();
     let mut process = node.spawn("sleep", &["sleep", "1000"]).unwrap();
     node.kill_node().unwrap();
-    process.wait(Duration::from_secs(5)).unwrap();
+    process.wait(SOON).unwrap();
     assert!(lab.outside.run(&["busybox", "ping", "-c1", "-W1", &node.v4.to_string()]).is_err(), "a dead node answered");
     node.boot_node().unwrap();
     for file in on_disk {
@@ -87,7 +88,8 @@ fn a_power_cut_keeps_the_disk_and_forgets_the_rest() {
     for file in in_memory.iter().chain(&["/sys/fs/bpf/x", "/sys/class/net/left"]) {
         assert!(node.run(&["test", "-e", file]).is_err(), "{file} survived");
     }
-    lab.outside.run(&["busybox", "ping", "-c1", "-W2", &node.v4.to_string()]).unwrap();
+    let answers = || lab.outside.run(&["busybox", "ping", "-c1", "-W2", &node.v4.to_string()]);
+    wait_for("the node to answer", SOON, answers).unwrap();
 }
 
 /// Whoever tests volumes at the same time finds them unmounted when he has unmounted them.
@@ -105,7 +107,7 @@ fn a_node_holds_no_disk_of_the_machine() {
     run(&["umount", &at]).unwrap();
     let lab = lab.unwrap();
     lab.node(1).run(&["true"]).unwrap();
-    wait_for("the loop device to be let go", Duration::from_secs(10), || {
+    wait_for("the loop device to be let go", SOON, || {
         let loops = run(&["losetup", "--list", "--noheadings"])?;
         anyhow::ensure!(!loops.contains(&image), "{loops}");
         Ok(())
@@ -142,10 +144,10 @@ fn nothing_is_left_after_the_owner_was_killed() {
         .spawn()
         .unwrap();
     let pid1 = clean::base().join("killed/node1/pid1");
-    wait_for("the lab", Duration::from_secs(20), || Ok(fs::read(&pid1)?)).unwrap();
+    wait_for("the lab", SOON, || Ok(fs::read(&pid1)?)).unwrap();
     owner.kill().unwrap();
     owner.wait().unwrap();
-    wait_for("the guard", Duration::from_secs(20), || {
+    wait_for("the guard", SOON, || {
         let left = traces("killed");
         anyhow::ensure!(left.is_empty(), "left: {left:?}");
         Ok(())
@@ -163,7 +165,7 @@ fn clean_removes_what_is_left_when_the_guard_was_killed_too() {
         .spawn()
         .unwrap();
     let dir = clean::base().join("gkilled");
-    wait_for("the lab", Duration::from_secs(20), || Ok(fs::read(dir.join("node1/pid1"))?)).unwrap();
+    wait_for("the lab", SOON, || Ok(fs::read(dir.join("node1/pid1"))?)).unwrap();
     let kept = Lab::new(0).unwrap();
     let guard: i32 = fs::read_to_string(dir.join("guard")).unwrap().parse().unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(guard), nix::sys::signal::Signal::SIGKILL).unwrap();

@@ -2,16 +2,14 @@
 mod kube;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::small_api::SmallApi;
 use keelway_lab::{Lab, Node};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-const SOON: Duration = Duration::from_secs(30);
 const METRICS: &str = "127.0.0.1:10249";
 
 /// `lb`: one endpoint here, health check on 32100. `taken`: its health check's port is somebody's. `a`, `b`: one address. `far`:
@@ -64,7 +62,7 @@ fn services(node: &str, here: &str) -> String {
 
 /// Status, the headers that a load balancer looks at, and the body.
 fn get(lab: &Lab, url: &str) -> Result<(u16, BTreeMap<String, String>, String)> {
-    let text = lab.outside.run(&["curl", "-gsi", "--max-time", "5", url])?;
+    let text = lab.outside.run(&["curl", "-gsi", "--max-time", "30", url])?;
     let (head, body) = text.split_once("\r\n\r\n").context("no body")?;
     let mut lines = head.lines();
     let status = lines.next().and_then(|line| line.split(' ').nth(1)).context("no status")?.parse()?;

@@ -1,15 +1,14 @@
 //! A node loses power and boots: the kernel has forgotten everything, the disk has not.
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use keelway_lab::probe::Asked;
-use keelway_lab::sh::wait_for;
+use keelway_lab::sh::{SOON, wait_for};
 use keelway_lab::standalone::{self, Pod, Standalone};
 
-fn ask(s: &Standalone, from: &Pod, to: &Pod, v6: bool) -> Asked {
+fn ask(s: &Standalone, from: &Pod, to: &Pod, v6: bool, timeout: &str) -> Asked {
     let target = SocketAddr::from((to.address(v6), 8080)).to_string();
-    s.probe(from, &["ask", &target, "--count", "10", "--timeout", "500"]).unwrap()
+    s.probe(from, &["ask", &target, "--count", "10", "--timeout", timeout]).unwrap()
 }
 
 #[test]
@@ -22,10 +21,10 @@ fn pods_are_back_after_a_power_cut_and_nothing_is_left_of_the_dead_ones() {
     let steady = s.pod(2, "steady", &[]).unwrap();
     let before: Vec<Pod> = ["a", "b", "c"].map(|name| s.pod(1, name, &[]).unwrap()).into();
     for pod in &before {
-        assert_eq!(ask(&s, &steady, pod, false).answered(), 10);
+        assert_eq!(ask(&s, &steady, pod, false, "5000").answered(), 10);
     }
     s.kill_node(1).unwrap();
-    assert_eq!(ask(&s, &steady, &before[0], false).answered(), 0);
+    assert_eq!(ask(&s, &steady, &before[0], false, "500").answered(), 0);
 
     s.boot_node(1).unwrap();
     // The dead pods' devices and endpoints are gone.
@@ -40,8 +39,8 @@ fn pods_are_back_after_a_power_cut_and_nothing_is_left_of_the_dead_ones() {
     for pod in &after {
         for v6 in [false, true] {
             // The other node's agent hears of the new pods a moment later.
-            wait_for("the new pod", Duration::from_secs(5), || {
-                let (there, back) = (ask(&s, &steady, pod, v6), ask(&s, pod, &steady, v6));
+            wait_for("the new pod", SOON, || {
+                let (there, back) = (ask(&s, &steady, pod, v6, "500"), ask(&s, pod, &steady, v6, "500"));
                 anyhow::ensure!(there.answered() == 10 && back.answered() == 10, "{there:?} {back:?}");
                 Ok(())
             })

@@ -1,10 +1,8 @@
 //! A pod that the kubelet reads from a file, under a real kubelet and API server: the runtime names the file's uid, the API has a
 //! mirror with another one. The agent runs from our manifests, which do not say where the node's cgroups are.
-use std::time::Duration;
-
 use keelway_lab::cluster::kubelet::STATIC_PODS;
 use keelway_lab::cluster::{Cluster, install, programs};
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 
 const POD: &str = "apiVersion: v1
 kind: Pod
@@ -28,7 +26,7 @@ fn a_static_pod_gets_its_network_and_keeps_it_without_its_mirror() {
     node.run(&["sh", "-c", &format!("cat > {STATIC_PODS}/fixed.yaml <<'END'\n{POD}END\n")]).unwrap();
     let get = |path: &str| cluster.kubectl(&["get", "pod", "fixed-node1", "-o", &format!("jsonpath={path}")]);
     let running = || {
-        wait_for("the static pod", Duration::from_secs(90), || {
+        wait_for("the static pod", 3 * SOON, || {
             let address = get("{.status.podIP}")?;
             anyhow::ensure!(!address.is_empty(), "{}", cluster.kubectl(&["get", "events"])?);
             Ok(address)
@@ -37,34 +35,38 @@ fn a_static_pod_gets_its_network_and_keeps_it_without_its_mirror() {
     };
     let address = running();
     let client = POD.replace("name: fixed, labels: {app: fixed}", "name: client");
-    wait_for("the default service account", Duration::from_secs(30), || cluster.apply(&client)).unwrap();
+    wait_for("the default service account", SOON, || cluster.apply(&client)).unwrap();
     cluster.wait(&["pod/client", "--for=condition=Ready"], 60).unwrap();
     let target = format!("{address}:8080");
     let reaches = || {
         let ask = ["exec", "client", "--", "keelway-probe", "ask", &target, "--count", "1", "--timeout", "500"];
         cluster.kubectl(&ask).is_ok_and(|text| text.contains("fixed"))
     };
-    assert!(reaches());
+    let reached = || -> anyhow::Result<()> {
+        anyhow::ensure!(reaches(), "no answer");
+        Ok(())
+    };
+    wait_for("the pod's answer", SOON, reached).unwrap();
     let uid = get("{.metadata.uid}").unwrap();
 
     // Somebody deletes the mirror; the pod runs on, and a policy still finds it.
     cluster.kubectl(&["delete", "pod", "fixed-node1", "--force", "--grace-period=0"]).unwrap();
     // The kubelet looks at its pods once in a minute or two.
-    wait_for("another mirror", Duration::from_secs(180), || {
+    wait_for("another mirror", 5 * SOON, || {
         let now = get("{.metadata.uid}")?;
         anyhow::ensure!(!now.is_empty() && now != uid, "the old one is there");
         Ok(())
     })
     .unwrap();
     assert_eq!(running(), address);
-    assert!(reaches());
+    wait_for("the pod's answer", SOON, reached).unwrap();
     cluster
         .apply(
             "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: fixed}\n\
              spec: {podSelector: {matchLabels: {app: fixed}}, policyTypes: [Ingress]}\n",
         )
         .unwrap();
-    wait_for("the policy", Duration::from_secs(10), || {
+    wait_for("the policy", SOON, || {
         anyhow::ensure!(!reaches(), "the client still reaches the pod");
         Ok(())
     })

@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use keelway_lab::plugin::{self, Answer};
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::small_api::{self, SmallApi};
 use keelway_lab::{Lab, Node, Process};
 use nix::sys::signal::Signal;
 
+/// Before the agent counts by itself, which it does once a minute.
+const AT_ONCE: Duration = Duration::from_secs(30);
 const NOT_AVAILABLE: Option<u64> = Some(50);
 const TRY_AGAIN: Option<u64> = Some(11);
 
@@ -41,7 +43,7 @@ fn agent(node: &Node, source: &[&str], extra: &[&str]) -> Process {
     // That of an earlier agent.
     node.run(&["rm", "-f", "/run/keelway/agent.sock"]).unwrap();
     let agent = node.spawn("agent", &argv).unwrap();
-    wait_for("the agent's socket", Duration::from_secs(20), || node.run(&["ls", "/run/keelway/agent.sock"])).unwrap();
+    wait_for("the agent's socket", SOON, || node.run(&["ls", "/run/keelway/agent.sock"])).unwrap();
     agent
 }
 
@@ -55,7 +57,7 @@ fn add(node: &Node, name: &str) -> Answer {
 
 #[track_caller]
 fn becomes_available(node: &Node) {
-    wait_for("STATUS to be well", Duration::from_secs(30), || {
+    wait_for("STATUS to be well", SOON, || {
         let answer = status(node);
         anyhow::ensure!(answer.ok, "{answer:?}");
         Ok(())
@@ -264,7 +266,7 @@ fn the_fill_of_tables_that_is_shown_is_the_kernels() {
     let gone = plugin::call(node, "DEL", "p0", "default", "p0", "").unwrap();
     assert!(gone.ok, "{gone:?}");
     write("services.yaml", &service(2, 4));
-    wait_for("the same counts", Duration::from_secs(5), compare).unwrap();
+    wait_for("the same counts", AT_ONCE, compare).unwrap();
 }
 
 /// A Node that nobody gives pod CIDRs keeps the agent waiting for good: that is no reason to start it again and again.
@@ -289,7 +291,7 @@ fn an_agent_that_waits_for_pod_cidrs_lives() {
         let (body, code) = text.trim_end().rsplit_once('\n').unwrap();
         (code.parse().unwrap(), serde_json::from_str(body).unwrap())
     };
-    wait_for("the reason to be said", Duration::from_secs(20), || {
+    wait_for("the reason to be said", SOON, || {
         let output = node.exec(&[&own("keelway"), "status", "-o", "json"])?;
         let said = String::from_utf8(output.stdout)?;
         anyhow::ensure!(said.contains("spec.podCIDRs is empty"), "{said}");
@@ -305,7 +307,7 @@ fn an_agent_that_waits_for_pod_cidrs_lives() {
         assert_eq!(get("healthz").0, 503, "it has nothing to serve with yet");
     }
     write("node.yaml", &node_yaml(node, "10.244.1.0/24"));
-    wait_for("the first sync", Duration::from_secs(30), || {
+    wait_for("the first sync", SOON, || {
         let (code, body) = get("healthz");
         anyhow::ensure!(code == 200, "{body}");
         Ok(())

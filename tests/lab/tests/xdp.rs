@@ -130,7 +130,7 @@ fn everywhere(s: &Standalone) -> u64 {
     let ask = |count: &str| {
         for flags in TRANSPORTS {
             for target in [false, true].into_iter().flat_map(|v6| targets(s, v6)) {
-                let flags = [&["--count", count, "--timeout", "1000"], flags].concat();
+                let flags = [&["--count", count], flags].concat();
                 let report: Asked = probe(s, "ask", target, &flags);
                 let seen_as: Vec<_> = report.seen_as.keys().cloned().collect();
                 let drops = || [1, 2].map(|number| s.status(number).unwrap()["drops"].to_string());
@@ -177,7 +177,7 @@ fn what_only_turns_round_here_does_so_before_the_stack() {
         });
         s.put_service(name, &spec, &json!({}), &[Backend::pod(s, &c)]).unwrap();
     }
-    sh::wait_for("the Service", Duration::from_secs(20), || {
+    sh::wait_for("the Service", sh::SOON, || {
         for flags in TRANSPORTS {
             let flags = [&["--count", "1", "--timeout", "1000"], flags].concat();
             let all = [false, true].into_iter().flat_map(|v6| targets(s, v6));
@@ -225,7 +225,7 @@ fn what_only_turns_round_here_does_so_before_the_stack() {
     let agent = sh::own("keelway-agent").unwrap().display().to_string();
     s.stop_agent(1, Signal::SIGTERM).unwrap();
     s.node(1).run(&[agent.as_str(), "cleanup"]).unwrap();
-    sh::wait_for("the hook to go", Duration::from_secs(5), || {
+    sh::wait_for("the hook to go", sh::SOON, || {
         let link = s.node(1).run(&["ip", "-j", "link", "show", "dev", "eth0"])?;
         anyhow::ensure!(!link.contains("xdp"), "{link}");
         Ok(())

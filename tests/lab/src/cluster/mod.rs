@@ -22,7 +22,7 @@ use crate::host::Host;
 use crate::lab::Lab;
 use crate::netns::CONTROL_PLANE;
 use crate::node::Node;
-use crate::sh::{self, wait_for};
+use crate::sh::{self, SOON, wait_for};
 use pki::Pki;
 
 /// The lab's id of the cluster that the command line handles.
@@ -85,7 +85,7 @@ impl Cluster {
     /// Ends a node's kubelet and nothing else; its pods go on.
     pub fn stop_kubelet(&self, node: &Node) -> Result<()> {
         node.run(&["sh", "-c", "kill $(pidof kubelet)"])?;
-        wait_for("the kubelet to end", Duration::from_secs(20), || {
+        wait_for("the kubelet to end", SOON, || {
             let left = node.run(&["sh", "-c", "pidof kubelet || true"])?;
             ensure!(left.trim().is_empty(), "it runs as {left}");
             Ok(())

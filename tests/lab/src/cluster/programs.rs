@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
@@ -16,6 +16,9 @@ pub const CLUSTER: &[&str] = &["etcd", "kubernetes", "containerd", "coredns", "c
 
 /// Upstream's end-to-end suite and the server that it uses.
 pub const SUITE: &[&str] = &["e2e"];
+
+/// Before what failed is tried once more.
+const PAUSE: Duration = Duration::from_secs(15);
 
 /// What `KUBEBUILDER_ASSETS` may bring ready-made.
 const ASSETS: [&str; 3] = ["etcd", "kube-apiserver", "kubectl"];
@@ -99,7 +102,13 @@ fn compile(set: &str, name: &str, package: &str, target: &Path) -> Result<()> {
     go.args(if name == "e2e.test" { &["test", "-c"][..] } else { &["build"] });
     // What git says about this tree is no part of someone else's program, and git may not be willing to say it.
     go.args(["-buildvcs=false", "-trimpath", "-ldflags", &format!("-s -w {}", version_flags(set)?)]);
-    sh::checked(go.arg("-o").arg(target).arg(package))?;
+    go.arg("-o").arg(target).arg(package);
+    // The proxy of modules may be away for a moment.
+    if let Err(error) = sh::checked(&mut go) {
+        println!("again  {name}, since {error:#}");
+        std::thread::sleep(PAUSE);
+        sh::checked(&mut go)?;
+    }
     println!("built  {name} in {} s", start.elapsed().as_secs());
     Ok(())
 }

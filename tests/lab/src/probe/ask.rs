@@ -2,11 +2,11 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Ask, Asked, Percentiles, Request, failure};
+use super::{Ask, Asked, Percentiles, Request, failure, unix_micros};
 
 /// One answer: who, whom they saw, how long it took, and whether it came from the address asked.
 struct Answer {
@@ -19,7 +19,7 @@ struct Answer {
 /// Asks one after another.
 pub(super) fn ask(wanted: &Ask) -> Asked {
     let mut report = Asked::default();
-    let (mut times, start) = (Vec::new(), Instant::now());
+    let (mut times, start, resent) = (Vec::new(), Instant::now(), resent_syns());
     for number in 0..wanted.count {
         if let Some(gap) = Duration::from_secs(number).checked_div(u32::try_from(wanted.rate).unwrap_or(u32::MAX)) {
             thread::sleep((start + gap).saturating_duration_since(Instant::now()));
@@ -41,14 +41,19 @@ pub(super) fn ask(wanted: &Ask) -> Asked {
             Err(error) => *report.failures.entry(failure(&error)).or_default() += 1,
         }
     }
+    report.resent = resent_syns() - resent;
     report.per_second = times.len() as f64 / start.elapsed().as_secs_f64();
     report.latency = Percentiles::of(times);
     report
 }
 
-fn unix_micros() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+/// `TCPSynRetrans` of this network namespace (Documentation/networking/snmp_counter.rst); 0 where there is no /proc to tell.
+fn resent_syns() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/net/netstat").unwrap_or_default();
+    let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
+    let (names, values) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
+    let mut both = names.split(' ').zip(values.split(' '));
+    both.find(|(name, _)| *name == "TCPSynRetrans").and_then(|(_, value)| value.parse().ok()).unwrap_or(0)
 }
 
 fn ask_stream(wanted: &Ask, number: u64) -> io::Result<Answer> {

@@ -1,17 +1,22 @@
 //! One connection, numbered messages at a steady pace, every loss counted.
 use std::collections::HashSet;
+use std::ffi::CStr;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sys::prctl;
 
 use super::ask::local;
-use super::{Flow, Flowed, Percentiles, failure};
+use super::{Flow, Flowed, Percentiles, failure, unix_micros};
 
-/// How long to wait for the last answers; longer than a lost segment's first retransmissions.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How long to wait for the last answers; longer than a lost segment's first retransmissions, and than a busy machine halts.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What the process calls itself once it has been answered, for [`crate::Lab::wait_for_flows`].
+pub(crate) const UNDER_WAY: &CStr = c"kw-under-way";
 
 /// The two ways of sending a line and of reading one back.
 enum Wire {
@@ -37,10 +42,16 @@ pub(super) fn flow(wanted: &Flow) -> Result<Flowed> {
     let gap = Duration::from_secs_f64(1.0 / wanted.rate.max(1) as f64);
     let total = (wanted.seconds * wanted.rate as f64).round() as u32;
     let (mut sent, mut broken) = (0, None);
+    let (under_way, over) = (AtomicBool::new(false), AtomicBool::new(false));
     let mut report = thread::scope(|scope| {
-        let reader = scope.spawn(|| read_answers(&wire, start, gap));
+        let reader = scope.spawn(|| read_answers(&wire, start, gap, &under_way, &over));
+        let mut is_named = false;
         for number in 0..total {
             thread::sleep((start + gap * number).saturating_duration_since(Instant::now()));
+            if !is_named && under_way.load(Ordering::Relaxed) {
+                // Nobody but the lab looks at it.
+                is_named = prctl::set_name(UNDER_WAY).is_ok();
+            }
             match wire.send(&number.to_string()) {
                 Ok(()) => sent += 1,
                 // On a connected UDP socket an ICMP error answers an earlier message; this one was not sent.
@@ -52,6 +63,7 @@ pub(super) fn flow(wanted: &Flow) -> Result<Flowed> {
                 }
             }
         }
+        over.store(true, Ordering::Relaxed);
         match &wire {
             Wire::Tcp(stream) => drop(stream.shutdown(Shutdown::Write)),
             // The server's answer to this one says that nothing more is to come.
@@ -84,8 +96,8 @@ fn open(wanted: &Flow) -> io::Result<Wire> {
     Ok(Wire::Tcp(stream))
 }
 
-/// Reads until the end of the flow, an error, or silence.
-fn read_answers(wire: &Wire, start: Instant, gap: Duration) -> Flowed {
+/// Reads until the end of the flow, an error of a connection, or silence: of datagrams, after the last one was sent.
+fn read_answers(wire: &Wire, start: Instant, gap: Duration, under_way: &AtomicBool, over: &AtomicBool) -> Flowed {
     let (mut report, mut seen, mut times, mut last) = (Flowed::default(), HashSet::new(), Vec::new(), start);
     let mut note = |line: &str, report: &mut Flowed| {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -94,7 +106,10 @@ fn read_answers(wire: &Wire, start: Instant, gap: Duration) -> Flowed {
         let now = Instant::now();
         if seen.insert(number) {
             report.answered += 1;
+            under_way.store(true, Ordering::Relaxed);
             *report.answers.entry((*name).to_owned()).or_default() += 1;
+            let came = unix_micros();
+            report.heard.entry((*name).to_owned()).or_insert((came, came)).1 = came;
             times.push(now.saturating_duration_since(start + gap * number));
             report.longest_gap = report.longest_gap.max(u64::try_from((now - last).as_micros()).unwrap_or(u64::MAX));
             last = now;
@@ -121,7 +136,8 @@ fn read_answers(wire: &Wire, start: Instant, gap: Duration) -> Flowed {
                 match socket.recv(&mut buffer) {
                     Ok(length) if note(&String::from_utf8_lossy(&buffer[..length]), &mut report) => {}
                     Ok(_) => break,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock && over.load(Ordering::Relaxed) => break,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => *report.failures.entry(failure(&error)).or_default() += 1,
                 }
             }

@@ -3,7 +3,7 @@
 //! A message is one line; the server's answer is its host name, the peer's address as it sees it, and the line. The
 //! program `keelway-probe` runs these in pods and on machines and prints a report as one line of JSON.
 mod ask;
-mod flow;
+pub(crate) mod flow;
 mod pause;
 mod serve;
 mod watch;
@@ -11,7 +11,7 @@ mod watch;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -65,8 +65,9 @@ pub struct Ask {
     /// Connections per second; 0 for as many as it can.
     #[arg(long, default_value_t = 0)]
     pub rate: u64,
-    /// Milliseconds until a connection or an answer counts as timed out.
-    #[arg(long, default_value_t = 1000)]
+    /// Milliseconds until a connection or an answer counts as timed out. A busy machine takes its time, and who is answered does not
+    /// wait for it: what is expected to fail wants less.
+    #[arg(long, default_value_t = 5000)]
     pub timeout: u64,
     /// Report every question with its times.
     #[arg(long)]
@@ -113,6 +114,10 @@ pub struct Asked {
     pub failures: BTreeMap<String, u64>,
     /// UDP answers whose source was not the address asked.
     pub wrong_source: u64,
+    /// SYNs and their answers that were sent again in this network namespace meanwhile, which they are after a second without an
+    /// answer: one was lost, even if all was well in the end.
+    #[serde(default)]
+    pub resent: u64,
     /// Microseconds until a connection stood (for UDP: until the answer), of the successful ones.
     pub latency: Percentiles,
     /// Successful questions per second.
@@ -146,6 +151,9 @@ pub struct Flowed {
     pub failures: BTreeMap<String, u64>,
     /// Who answered, counted.
     pub answers: BTreeMap<String, u64>,
+    /// When each one's first and last answer came, in microseconds since 1970.
+    #[serde(default)]
+    pub heard: BTreeMap<String, (u64, u64)>,
     /// The longest time between two answers, in microseconds.
     pub longest_gap: u64,
     /// Microseconds from a message to its answer.
@@ -178,6 +186,12 @@ impl Flowed {
     pub fn lost(&self) -> u64 {
         self.sent - self.answered
     }
+}
+
+/// Now, as the reports have it: microseconds since 1970.
+pub fn unix_micros() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Of a set of measured times, in microseconds.
@@ -253,9 +267,9 @@ mod tests {
         std::thread::spawn(move || serve::serve((Ipv6Addr::UNSPECIFIED, port).into(), Some("me"), false));
         let target: SocketAddr = format!("127.0.0.1:{port}").parse().unwrap();
         let ask = |udp, unconnected| {
-            ask::ask(&Ask { target, udp, sctp: false, unconnected, count: 5, rate: 0, timeout: 1000, log: false })
+            ask::ask(&Ask { target, udp, sctp: false, unconnected, count: 5, rate: 0, timeout: 5000, log: false })
         };
-        crate::sh::wait_for("the server", Duration::from_secs(5), || {
+        crate::sh::wait_for("the server", crate::sh::SOON, || {
             anyhow::ensure!(ask(true, false).answered() == 5);
             Ok(())
         })

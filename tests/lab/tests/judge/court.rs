@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use keelway_lab::cluster::programs::bin_dir;
 use keelway_lab::memory_api::MemoryApi;
 use keelway_lab::probe::Asked;
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::{Host, Lab, Node, Process, plugin};
 use serde_json::json;
 
@@ -19,6 +19,10 @@ use crate::wish::{PORTS, SERVERS, Wish, whereabouts};
 const MARK: [&str; 2] = ["10.96.9.9", "fd00:10:96::9:9"];
 /// Far more than a batch takes.
 const BATCH: Duration = Duration::from_millis(300);
+/// Milliseconds without an answer that are silence; longer than until a lost SYN is sent again.
+const SILENCE: &str = "1300";
+/// Of who was answered before, on a busy machine.
+const PATIENCE: &str = "5000";
 /// Questions asked at once of one node.
 const ASKING: usize = 6;
 
@@ -111,7 +115,7 @@ impl Court {
             node.run(&[own("keelway-agent")?, "install-cni".into(), "--from".into(), own("keelway-cni")?])?;
             let argv = ["--kubeconfig", kubeconfig, "--node-name", "near", "--routing", "routed"];
             let agent = node.spawn("agent", &[&[own("keelway-agent")?.as_str()], &argv[..]].concat())?;
-            wait_for("the agent to be in sync", Duration::from_secs(60), || {
+            wait_for("the agent to be in sync", SOON, || {
                 node.run(&["busybox", "wget", "-qO-", "http://127.0.0.1:10256/healthz"]).map(drop)
             })
             .with_context(|| agent.output())?;
@@ -233,8 +237,8 @@ impl Court {
         for mark in MARK {
             // Each family has a proxy of its own in kube-proxy.
             let target = SocketAddr::new(mark.parse()?, 100 + u16::try_from(round)?);
-            wait_for("the mark of the round", Duration::from_secs(60), || {
-                let asked = self.dial(Client::Pod, target, false, 1)?;
+            wait_for("the mark of the round", SOON, || {
+                let asked = self.dial(Client::Pod, target, false, 1, SILENCE)?;
                 ensure!(asked.answered() == 1, "{asked:?}\n{}", self.proxy.output());
                 Ok(())
             })?;
@@ -243,9 +247,9 @@ impl Court {
         Ok(())
     }
 
-    fn dial(&self, client: Client, target: SocketAddr, udp: bool, count: u32) -> Result<Asked> {
+    fn dial(&self, client: Client, target: SocketAddr, udp: bool, count: u32, patience: &str) -> Result<Asked> {
         let (probe, target, count) = (own("keelway-probe")?, target.to_string(), count.to_string());
-        let mut argv = vec![probe.as_str(), "ask", &target, "--timeout", "1300", "--count", &count];
+        let mut argv = vec![probe.as_str(), "ask", &target, "--timeout", patience, "--count", &count];
         argv.extend(udp.then_some("--udp"));
         let host: &Host = if client == Client::Outside { &self.lab.outside } else { self.lab.node(1) };
         if client == Client::Pod {
@@ -269,8 +273,8 @@ impl Court {
             Place::NodePort(port) => SocketAddr::new(self.lab.node(1).v4.into(), port),
         };
         let mut outcome = Outcome::default();
-        for count in [1, 15] {
-            let asked = self.dial(question.client, target, question.udp, count).unwrap();
+        for (count, patience) in [(1, SILENCE), (15, PATIENCE)] {
+            let asked = self.dial(question.client, target, question.udp, count, patience).unwrap();
             outcome.answers.extend(asked.answers.into_keys());
             // What is dropped is silence, or, on the way out of the own host, an error: always ours, with kube-proxy of datagrams.
             let told = |kind: String| if kind == "denied" { "timeout".to_owned() } else { kind };

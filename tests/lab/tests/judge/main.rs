@@ -68,8 +68,9 @@ fn kube_proxy_judges_as_we_do() {
                     break;
                 }
                 let again = ours.ask(question);
-                // The first connections by two addresses at once may part, of which the client then keeps one.
-                if wish.affinity {
+                // The first connections by two addresses at once may part, of which the client then keeps one; and who was silent once
+                // may only have been slow.
+                if wish.affinity || first.answers.is_empty() {
                     first = again
                 } else {
                     first.add(again)

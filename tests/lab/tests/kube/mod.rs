@@ -1,12 +1,10 @@
 //! An API server, a real kube-proxy and an agent on one node, with the same objects.
 #![allow(dead_code, reason = "each test uses its part")]
 
-use std::time::Duration;
-
 use anyhow::ensure;
 use keelway_lab::Process;
 use keelway_lab::cluster::programs;
-use keelway_lab::sh::{self, wait_for};
+use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::small_api::{self, SmallApi};
 use keelway_lab::{Lab, Node};
 
@@ -91,7 +89,7 @@ pub fn agent(lab: &Lab, api: &SmallApi<'_>, more: &[&str]) -> Process {
     let argv = [&[agent.as_str(), "--kubeconfig", &config, "--node-name", &node.name], more].concat();
     let running = node.spawn("agent", &argv).unwrap();
     let keelway = sh::own("keelway").unwrap().display().to_string();
-    wait_for("the agent to be in sync", Duration::from_secs(60), || {
+    wait_for("the agent to be in sync", SOON, || {
         let output = node.exec(&[&keelway, "status", "-o", "json"])?;
         ensure!(matches!(output.status.code(), Some(0 | 3)), "{}", sh::words(&output));
         let status: serde_json::Value = serde_json::from_slice(&output.stdout)?;
