@@ -10,11 +10,14 @@
 //! ```
 //!
 //! The second reading finds what began between the first and the attachment.
+//!
+//! Where the kernel masquerades such a flow it has a port of the node's, which may be one of those that we give: it is taken for as
+//! long as the flow lasts, or answers would go to whom we gave it.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use keelway_layout::{Addr, CtEntry, CtKey, NodeConfig, Port, ct_flags, node_flags, scope};
+use keelway_layout::{Addr, CtEntry, CtKey, NatEntry, NodeConfig, Port, ct_flags, node_flags, scope};
 use keelway_maps::{Table as _, TableError, Tables};
 use keelway_proxy as proxy;
 use nix::time::{ClockId, clock_gettime};
@@ -89,8 +92,28 @@ fn write(
             tables.conntrack.put(&key, &entry)?;
             written += 1;
         }
+        if let Some((key, entry)) = taken(flow, now)
+            && tables.nat.get(&key)?.is_none()
+        {
+            tables.nat.put(&key, &entry)?;
+        }
     }
     Ok(written)
+}
+
+/// The entry by which the programs give nobody else the port that the kernel gave a flow: it says of an answer that it is for whom it
+/// is addressed to, whose packets go on to the tracking.
+fn taken(flow: &Translated, now: Duration) -> Option<(CtKey, NatEntry)> {
+    let (backend, own) = (flow.backend, flow.answered);
+    let (addr, port) = (Addr::from(own.ip()), Port::new(own.port()));
+    let (src, sport) = (Addr::from(backend.ip()), Port::new(backend.port()));
+    let key = CtKey { src, dst: addr, sport, dport: port, proto: flow.protocol, scope: scope::NAT_IN, reserved: 0 };
+    let expires = (now + lease(flow.protocol)).as_nanos() as u64;
+    (own != flow.client).then_some((key, NatEntry { expires, addr, port, ..NatEntry::default() }))
+}
+
+fn lease(protocol: u8) -> Duration {
+    if protocol == UDP { LEASE_UDP } else { LEASE }
 }
 
 fn entry(flow: &Translated, backend: Option<u32>, now: Duration) -> Option<(CtKey, CtEntry)> {
@@ -98,9 +121,8 @@ fn entry(flow: &Translated, backend: Option<u32>, now: Duration) -> Option<(CtKe
     let ((src, sport), (dst, dport), (nat_addr, nat_port)) = (of(flow.client), of(flow.dialled), of(flow.backend));
     // Datagrams stay with a backend while that serves; a connection stays whatever becomes of it.
     let backend = if flow.protocol == UDP { backend? } else { backend.unwrap_or_default() };
-    let lease = if flow.protocol == UDP { LEASE_UDP } else { LEASE };
     let key = CtKey { src, dst, sport, dport, proto: flow.protocol, scope: scope::SERVICE, reserved: 0 };
-    let expires = (now + lease).as_nanos() as u64;
+    let expires = (now + lease(flow.protocol)).as_nanos() as u64;
     Some((key, CtEntry { expires, nat_addr, nat_port, backend, flags: ct_flags::STACK, ..CtEntry::default() }))
 }
 
@@ -133,10 +155,26 @@ mod tests {
             client: "192.0.2.1:4000".parse().unwrap(),
             dialled: "192.0.2.2:30080".parse().unwrap(),
             backend: "10.0.0.1:8080".parse().unwrap(),
+            answered: "192.0.2.2:61000".parse().unwrap(),
         };
         assert_eq!(entry(&flow(UDP), None, Duration::ZERO), None);
         let (key, entry) = entry(&flow(6), None, Duration::from_secs(1)).unwrap();
         assert_eq!((key.scope, key.dport.get(), key.sport.get()), (scope::SERVICE, 30080, 4000));
         assert_eq!((entry.flags, entry.expires), (ct_flags::STACK, 8_001_000_000_000));
+    }
+
+    #[test]
+    fn a_port_of_the_nodes_is_taken_and_a_clients_own_is_not() {
+        let flow = |answered: &str| Translated {
+            protocol: 6,
+            client: "192.0.2.1:4000".parse().unwrap(),
+            dialled: "192.0.2.2:30080".parse().unwrap(),
+            backend: "10.0.0.1:8080".parse().unwrap(),
+            answered: answered.parse().unwrap(),
+        };
+        assert_eq!(taken(&flow("192.0.2.1:4000"), Duration::ZERO), None);
+        let (key, entry) = taken(&flow("192.0.2.2:61000"), Duration::ZERO).unwrap();
+        assert_eq!((key.scope, key.sport.get(), key.dport.get()), (scope::NAT_IN, 8080, 61000));
+        assert_eq!((entry.addr, entry.port, entry.flags), (key.dst, key.dport, 0));
     }
 }

@@ -34,6 +34,8 @@ pub struct Translated {
     pub dialled: SocketAddr,
     /// Who answers.
     pub backend: SocketAddr,
+    /// Whom it answers: the client, or in whose name the kernel sends the client's packets on.
+    pub answered: SocketAddr,
 }
 
 /// Every flow under way whose destination is changed, with ports.
@@ -49,10 +51,10 @@ fn read(attributes: Attributes<'_>) -> Option<Translated> {
         return None;
     }
     let (protocol, client, dialled) = tuple(attributes.nested(TUPLE_ORIGINAL)?)?;
-    let (_, backend, _) = tuple(attributes.nested(TUPLE_REPLY)?)?;
+    let (_, backend, answered) = tuple(attributes.nested(TUPLE_REPLY)?)?;
     let tcp = || attributes.nested(PROTOCOL_INFO)?.nested(TCP_INFO)?.get(TCP_STATE)?.first().copied();
     let over = protocol == TCP && tcp().is_some_and(|state| state >= TCP_OVER);
-    (!over && backend != dialled).then_some(Translated { protocol, client, dialled, backend })
+    (!over && backend != dialled).then_some(Translated { protocol, client, dialled, backend, answered })
 }
 
 /// Protocol, source, destination.

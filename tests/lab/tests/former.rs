@@ -186,3 +186,54 @@ fn connections_of_an_iptables_kube_proxy_outlive_it() {
 fn connections_of_a_kube_proxy_with_old_iptables_outlive_it() {
     change_over("iptables", true);
 }
+
+/// kube-proxy has the kernel masquerade at any port, also at those that we give: here at one of three, of which every connection to
+/// a backend takes another.
+#[test]
+fn a_port_that_the_kernel_gave_to_a_connection_is_given_to_nobody_else() {
+    if let Some(reason) = kube::missing() {
+        println!("skipped: {reason}");
+        return;
+    }
+    let lab = Lab::new(2).unwrap();
+    let node = lab.node(1);
+    let probe = sh::own("keelway-probe").unwrap().display().to_string();
+    let _servers = [("b1", "8080"), ("b2", "8081")]
+        .map(|(name, port)| lab.node(2).spawn(name, &[&probe, "serve", "--name", name, "--port", port]).unwrap());
+    let api = SmallApi::start(&lab, "pods").unwrap();
+    kube::node(&api, node);
+    kube::service(&api, lab.node(2));
+    let mut proxy = kube::proxy(&lab, &api, "nftables", false);
+    let target = node_port(node, false, false);
+    let ask = |more: &[&str]| -> Asked {
+        let text = lab.outside.run(&[&[probe.as_str(), "ask", &target], more].concat()).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    wait_for("kube-proxy to serve the node port", SOON, || {
+        ensure!(ask(&[]).answered() == 1, "{}", proxy.output());
+        Ok(())
+    })
+    .unwrap();
+    let flowed: Flowed = std::thread::scope(|scope| {
+        let flow = scope.spawn(|| {
+            let flow = [probe.as_str(), "flow", &target, "--rate", "20", "--seconds", "60"];
+            serde_json::from_str(&lab.outside.run(&flow).unwrap()).unwrap()
+        });
+        lab.wait_for_flows(1).unwrap();
+        // `tcp 6 431999 ESTABLISHED src= dst= sport= dport= src= dst= sport= dport=`: the second four are the answers'.
+        let tracked =
+            node.run(&["conntrack", "-L", "-p", "tcp", "--state", "ESTABLISHED", "--dport", "30080"]).unwrap();
+        let port = tracked.split("dport=").nth(2).and_then(|rest| rest.split(' ').next());
+        let port: u16 = port.unwrap_or_else(|| panic!("{tracked}")).parse().unwrap();
+        let first = port.min(u16::MAX - 2);
+        proxy.stop(Signal::SIGTERM).unwrap();
+        let started = kube::agent(&lab, &api, &["--snat-ports", &format!("{first}-{}", first + 2)]);
+        let agent = sh::own("keelway-agent").unwrap().display().to_string();
+        node.run(&[&agent, "cleanup", "--kube-proxy"]).unwrap();
+        // A port is free again some time after its connection has ended: the one that finds none tries until then.
+        let asked = ask(&["--count", "10", "--timeout", "40000"]);
+        assert_eq!((asked.answered(), asked.answers.len()), (10, 2), "{asked:?}\n{}", started.output());
+        flow.join().unwrap()
+    });
+    assert_eq!((flowed.lost(), flowed.failures.len(), flowed.answers.len()), (0, 0, 1), "{flowed:?}");
+}
