@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Calls, Driver, MIB, block, create, mount};
+use common::{Calls, Driver, MIB, block, bring, made, mount, take, take_away};
 use keelway_csi::csi::{self, VolumeCapability};
 use serde_json::Value;
 
@@ -33,18 +33,15 @@ fn keelway(driver: &Driver) -> (Value, Option<i32>) {
 }
 
 /// A volume at a pod's path as the kubelet has it.
-async fn bring(driver: &Driver, name: &str, mebibytes: i64, kind: VolumeCapability, class: &[(&str, &str)]) -> Calls {
-    let made = driver.controller().await.create_volume(create(name, mebibytes * MIB, &kind, class)).await.unwrap();
-    let id = made.into_inner().volume.unwrap().volume_id;
+async fn brought(driver: &Driver, name: &str, mebibytes: i64, kind: VolumeCapability, class: &[(&str, &str)]) -> Calls {
     let target = match kind == block() {
         true => format!("plugins/kubernetes.io/csi/volumeDevices/publish/{name}/uid-{name}"),
         false => format!("pods/uid-{name}/volumes/kubernetes.io~csi/{name}/mount"),
     };
-    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&target));
+    let target = driver.kubelet(&target);
     std::fs::create_dir_all(Path::new(&target).parent().unwrap()).unwrap();
-    let calls = Calls { staging, target, ..Calls::new(driver, &id, kind) };
-    driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
-    driver.node().await.node_publish_volume(calls.publish()).await.unwrap();
+    let calls = Calls { target, ..made(driver, name, mebibytes * MIB, &kind, class).await };
+    bring(driver, &calls).await;
     calls
 }
 
@@ -54,23 +51,16 @@ async fn volumes_of_each_kind_are_found_where_they_are() {
     let mut driver = Driver::on("btrfs", 1024).with(&["--backends=image,btrfs,directory"]).disks(2, 64);
     driver.start();
     let all = [
-        bring(&driver, "image", 32, mount("ext4"), &[]).await,
-        bring(&driver, "image-block", 16, block(), &[]).await,
-        bring(&driver, "subvolume", 16, mount(""), QUOTA).await,
-        bring(&driver, "directory", 16, mount(""), DIRECTORY).await,
-        bring(&driver, "raw", 64, mount("ext4"), RAW).await,
-        bring(&driver, "raw-block", 64, block(), RAW).await,
+        brought(&driver, "image", 32, mount("ext4"), &[]).await,
+        brought(&driver, "image-block", 16, block(), &[]).await,
+        brought(&driver, "subvolume", 16, mount(""), QUOTA).await,
+        brought(&driver, "directory", 16, mount(""), DIRECTORY).await,
+        brought(&driver, "raw", 64, mount("ext4"), RAW).await,
+        brought(&driver, "raw-block", 64, block(), RAW).await,
     ];
-    let mut controller = driver.controller().await;
     let mut snapshots = Vec::new();
     for calls in [&all[0], &all[2]] {
-        let request = csi::CreateSnapshotRequest {
-            name: format!("of {}", calls.id),
-            source_volume_id: calls.id.clone(),
-            ..Default::default()
-        };
-        let taken = controller.create_snapshot(request).await.unwrap().into_inner().snapshot.unwrap();
-        snapshots.push(taken.snapshot_id);
+        snapshots.push(take(&driver, &format!("of {}", calls.id), calls).await.snapshot_id);
     }
     let handle = format!("csi-{}", "0af9".repeat(16));
     let inline = csi::NodePublishVolumeRequest {
@@ -106,8 +96,7 @@ async fn volumes_of_each_kind_are_found_where_they_are() {
     let unpublish = csi::NodeUnpublishVolumeRequest { volume_id: handle, target_path: inline.target_path };
     driver.node().await.node_unpublish_volume(unpublish).await.unwrap();
     for calls in &all {
-        driver.node().await.node_unpublish_volume(calls.unpublish()).await.unwrap();
-        driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
+        take_away(&driver, calls).await;
     }
     driver.kill();
     let (said, code) = keelway(&driver);

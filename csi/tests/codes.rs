@@ -6,23 +6,18 @@ mod common;
 
 use std::path::Path;
 
-use common::{Calls, Driver, MIB, as_mode, block, create, mount};
+use common::{
+    Calls, Driver, MIB, as_mode, block, create, drop_group, drop_snapshot, end, filled, made, members, mount, snapshot,
+    take, take_group, try_made, volume,
+};
 use keelway_csi::csi::snapshot_metadata_client::SnapshotMetadataClient;
 use keelway_csi::csi::volume_capability::AccessType;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
-use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
 use keelway_csi::csi::{self, VolumeCapability};
 use tonic::{Code, Status};
 
 const RAW: &[(&str, &str)] = &[("backend", "raw")];
 const DIRECTORY: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "unenforced")];
-
-async fn made(driver: &Driver, name: &str, size: i64, kind: &VolumeCapability, class: &[(&str, &str)]) -> Calls {
-    let made = driver.controller().await.create_volume(create(name, size, kind, class)).await.unwrap();
-    let id = made.into_inner().volume.unwrap().volume_id;
-    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
-    Calls { staging, target, ..Calls::new(driver, &id, kind.clone()) }
-}
 
 fn code<T>(answer: Result<tonic::Response<T>, Status>) -> Code {
     answer.map_or_else(|status| status.code(), |_| Code::Ok)
@@ -129,11 +124,8 @@ async fn another_call_for_the_same_path_is_refused() {
         let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let noexec = |target: &str| table.lines().any(|line| line.contains(target) && line.contains("noexec"));
         assert!(noexec(&second.target) && !noexec(&calls.target), "{table}");
-        for calls in [&calls, &second] {
-            assert_eq!(unpublish(&driver, calls).await, Code::Ok);
-        }
-        assert_eq!(unstage(&driver, &calls).await, Code::Ok);
-        assert_eq!(delete(&driver, &calls).await, Code::Ok);
+        assert_eq!(unpublish(&driver, &second).await, Code::Ok);
+        end(&driver, &calls).await;
     }
     driver.assert_clean();
 }
@@ -226,9 +218,7 @@ async fn what_was_staged_read_only_is_well_and_stays_so() {
         assert_eq!(stage(&driver, &writer).await, Code::Ok);
         assert_eq!(publish(&driver, &writer).await, Code::Ok);
         std::fs::write(Path::new(&writer.target).join("data"), "x").unwrap();
-        assert_eq!(unpublish(&driver, &writer).await, Code::Ok);
-        assert_eq!(unstage(&driver, &writer).await, Code::Ok);
-        assert_eq!(delete(&driver, &writer).await, Code::Ok);
+        end(&driver, &writer).await;
     }
     driver.assert_clean();
 }
@@ -243,12 +233,7 @@ async fn what_a_backend_cannot_is_a_wrong_argument() {
     let readahead = || [("readAheadKiB".to_owned(), "256".to_owned())].into();
     for (name, kind, class) in [("raw", block(), RAW), ("tree", mount(""), DIRECTORY)] {
         let calls = made(&driver, name, 16 * MIB, &kind, class).await;
-        let from = Type::Volume(VolumeSource { volume_id: calls.id.clone() });
-        let clone = csi::CreateVolumeRequest {
-            volume_content_source: Some(csi::VolumeContentSource { r#type: Some(from) }),
-            ..create("clone", 16 * MIB, &kind, class)
-        };
-        let refused = controller.create_volume(clone).await.unwrap_err();
+        let refused = try_made(&driver, "clone", 16 * MIB, &kind, class, volume(&calls.id)).await.unwrap_err();
         assert!(refused.code() == Code::InvalidArgument && refused.message().contains("image, btrfs"), "{refused}");
         if name == "tree" {
             let modify = csi::ControllerModifyVolumeRequest {
@@ -261,10 +246,8 @@ async fn what_a_backend_cannot_is_a_wrong_argument() {
             assert_eq!(code(controller.create_volume(create).await), Code::InvalidArgument);
         }
         if name == "raw" {
-            let capacity_range = Some(csi::CapacityRange { required_bytes: 128 * MIB, limit_bytes: 0 });
-            let volume_id = calls.id.clone();
-            let grow = csi::ControllerExpandVolumeRequest { volume_id, capacity_range, ..Default::default() };
-            assert_eq!(code(controller.controller_expand_volume(grow).await), Code::OutOfRange, "in use or not");
+            let grow = controller.controller_expand_volume(calls.expand(128 * MIB)).await;
+            assert_eq!(code(grow), Code::OutOfRange, "in use or not");
         }
         let nothing = csi::ControllerModifyVolumeRequest { volume_id: calls.id.clone(), ..Default::default() };
         assert_eq!(code(controller.controller_modify_volume(nothing).await), Code::InvalidArgument);
@@ -330,17 +313,11 @@ async fn a_group_goes_as_a_whole_and_is_named_as_a_whole() {
     for name in ["one", "two"] {
         volumes.push(made(&driver, name, 16 * MIB, &block(), &[]).await);
     }
-    let take = |name: &str, of: &[Calls]| csi::CreateVolumeGroupSnapshotRequest {
-        name: name.into(),
-        source_volume_ids: of.iter().map(|calls| calls.id.clone()).collect(),
-        ..Default::default()
-    };
     let mut taken = Vec::new();
     for name in ["group", "other"] {
-        let made = groups.create_volume_group_snapshot(take(name, &volumes)).await.unwrap().into_inner();
-        taken.push(made.group_snapshot.unwrap());
+        taken.push(take_group(&driver, name, &volumes.iter().collect::<Vec<_>>()).await);
     }
-    let ids = |n: usize| taken[n].snapshots.iter().map(|it| it.snapshot_id.clone()).collect::<Vec<_>>();
+    let ids = |n: usize| members(&taken[n]);
     let one = csi::DeleteSnapshotRequest { snapshot_id: ids(0)[0].clone(), ..Default::default() };
     assert_eq!(code(controller.delete_snapshot(one).await), Code::InvalidArgument);
     let never = keelway_csi::model::SnapshotId::new([9; 16]).to_string();
@@ -415,7 +392,7 @@ async fn a_group_goes_as_a_whole_and_is_named_as_a_whole() {
 async fn names_may_have_whitespace_and_no_other_control() {
     let mut driver = Driver::on("xfs", 1024);
     driver.start();
-    let (mut controller, mut groups) = (driver.controller().await, driver.groups().await);
+    let mut controller = driver.controller().await;
     for banned in ["\0", "\u{8}", "\u{b}", "\u{c}", "\u{e}", "\u{1f}", "\u{7f}", "\u{85}", "\u{9f}"] {
         let refused = controller.create_volume(create(&format!("a{banned}b"), MIB, &block(), &[])).await;
         assert_eq!(code(refused), Code::InvalidArgument, "{banned:?}");
@@ -423,29 +400,18 @@ async fn names_may_have_whitespace_and_no_other_control() {
     let name = "a\tb\r\nc \u{fffd}";
     let made = controller.create_volume(create(name, MIB, &block(), &[])).await.unwrap().into_inner();
     let id = made.volume.unwrap().volume_id;
-    let take = csi::CreateSnapshotRequest { name: name.into(), source_volume_id: id.clone(), ..Default::default() };
-    let taken = controller.create_snapshot(take.clone()).await.unwrap().into_inner().snapshot.unwrap();
-    let group = csi::CreateVolumeGroupSnapshotRequest {
-        name: name.into(),
-        source_volume_ids: vec![id.clone()],
-        ..Default::default()
-    };
-    let of_group = groups.create_volume_group_snapshot(group).await.unwrap().into_inner().group_snapshot.unwrap();
+    let calls = Calls::new(&driver, &id, block());
+    let taken = take(&driver, name, &calls).await;
+    let of_group = take_group(&driver, name, &[&calls]).await;
     driver.kill();
     driver.start();
-    let (mut controller, mut groups) = (driver.controller().await, driver.groups().await);
+    let mut controller = driver.controller().await;
     let again = controller.create_volume(create(name, MIB, &block(), &[])).await.unwrap().into_inner();
     assert_eq!(again.volume.unwrap().volume_id, id);
-    assert_eq!(controller.create_snapshot(take).await.unwrap().into_inner().snapshot.unwrap(), taken);
-    let request = csi::DeleteVolumeGroupSnapshotRequest {
-        group_snapshot_id: of_group.group_snapshot_id,
-        snapshot_ids: of_group.snapshots.into_iter().map(|it| it.snapshot_id).collect(),
-        ..Default::default()
-    };
-    groups.delete_volume_group_snapshot(request).await.unwrap();
-    let request = csi::DeleteSnapshotRequest { snapshot_id: taken.snapshot_id, ..Default::default() };
-    controller.delete_snapshot(request).await.unwrap();
-    controller.delete_volume(csi::DeleteVolumeRequest { volume_id: id, ..Default::default() }).await.unwrap();
+    assert_eq!(take(&driver, name, &calls).await, taken);
+    drop_group(&driver, &of_group).await;
+    drop_snapshot(&driver, &taken.snapshot_id).await;
+    assert_eq!(delete(&driver, &calls).await, Code::Ok);
     driver.assert_clean();
 }
 
@@ -463,12 +429,7 @@ async fn what_is_not_served_is_said_as_such() {
     // What is there of a backend that is served no more waits for it; nobody passed anything wrong.
     assert_eq!(delete(&driver, &calls).await, Code::FailedPrecondition);
     assert_eq!(stage(&driver, &calls).await, Code::FailedPrecondition);
-    let stats = csi::NodeGetVolumeStatsRequest {
-        volume_id: calls.id.clone(),
-        volume_path: calls.target.clone(),
-        ..Default::default()
-    };
-    assert_eq!(code(driver.node().await.node_get_volume_stats(stats).await), Code::FailedPrecondition);
+    assert_eq!(code(driver.node().await.node_get_volume_stats(calls.stats()).await), Code::FailedPrecondition);
     let again = controller.create_volume(create("pvc-1", 16 * MIB, &mount(""), DIRECTORY)).await;
     assert_eq!(code(again), Code::FailedPrecondition);
     let new = controller.create_volume(create("pvc-2", 16 * MIB, &mount(""), DIRECTORY)).await;
@@ -513,27 +474,16 @@ async fn what_is_not_advertised_is_not_implemented() {
     driver.start();
     let calls = made(&driver, "pvc-1", 16 * MIB, &block(), RAW).await;
     let (mut controller, mut node) = (driver.controller().await, driver.node().await);
-    let source_volume_id = calls.id.clone();
-    let take = csi::CreateSnapshotRequest { name: "s".into(), source_volume_id, ..Default::default() };
-    assert_eq!(code(controller.create_snapshot(take).await), Code::Unimplemented);
+    assert_eq!(code(controller.create_snapshot(calls.snapshot("s")).await), Code::Unimplemented);
     let snapshot_id = keelway_csi::model::SnapshotId::new([1; 16]).to_string();
     let request = csi::DeleteSnapshotRequest { snapshot_id: snapshot_id.clone(), ..Default::default() };
     assert_eq!(code(controller.delete_snapshot(request).await), Code::Unimplemented);
     let request = csi::GetSnapshotRequest { snapshot_id: snapshot_id.clone(), ..Default::default() };
     assert_eq!(code(controller.get_snapshot(request).await), Code::Unimplemented);
     assert_eq!(code(controller.list_snapshots(csi::ListSnapshotsRequest::default()).await), Code::Unimplemented);
-    let capacity_range = Some(csi::CapacityRange { required_bytes: 128 * MIB, limit_bytes: 0 });
-    let (volume_id, volume_path) = (calls.id.clone(), calls.target.clone());
-    let request = csi::ControllerExpandVolumeRequest { volume_id, capacity_range, ..Default::default() };
-    assert_eq!(code(controller.controller_expand_volume(request).await), Code::Unimplemented);
-    let volume_id = calls.id.clone();
-    let request = csi::NodeExpandVolumeRequest { volume_id, volume_path, capacity_range, ..Default::default() };
-    assert_eq!(code(node.node_expand_volume(request).await), Code::Unimplemented);
-    let from = Type::Snapshot(SnapshotSource { snapshot_id });
-    let restore = csi::CreateVolumeRequest {
-        volume_content_source: Some(csi::VolumeContentSource { r#type: Some(from) }),
-        ..create("restored", 16 * MIB, &block(), RAW)
-    };
+    assert_eq!(code(controller.controller_expand_volume(calls.expand(128 * MIB)).await), Code::Unimplemented);
+    assert_eq!(code(node.node_expand_volume(calls.node_expand(128 * MIB)).await), Code::Unimplemented);
+    let restore = filled(snapshot(&snapshot_id), create("restored", 16 * MIB, &block(), RAW));
     assert_eq!(code(controller.create_volume(restore).await), Code::NotFound);
     assert_eq!(delete(&driver, &calls).await, Code::Ok);
     driver.assert_clean();

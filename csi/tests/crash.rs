@@ -13,8 +13,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, block, create, mount};
-use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
+use common::{
+    Calls, Driver, MIB, block, bring, create, delete, delete_group, end, filled, group, made, mount, snapshot,
+    take_away, volume,
+};
+use keelway_csi::csi::volume_content_source::Type;
 use keelway_csi::csi::{self, VolumeCapability};
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{Signal, kill};
@@ -159,18 +162,14 @@ struct World {
     class: &'static [(&'static str, &'static str)],
     size: i64,
     snapshot: String,
-    group: (String, Vec<String>),
+    group: csi::VolumeGroupSnapshot,
     restored: String,
     clone: String,
 }
 
 impl World {
     fn made(&self, name: &str, from: Option<Type>) -> csi::CreateVolumeRequest {
-        let source = from.map(|kind| csi::VolumeContentSource { r#type: Some(kind) });
-        csi::CreateVolumeRequest {
-            volume_content_source: source,
-            ..create(name, self.size, &self.calls.capability, self.class)
-        }
+        filled(from, create(name, self.size, &self.calls.capability, self.class))
     }
 }
 
@@ -181,8 +180,6 @@ async fn attempt(driver: &Driver, step: Step, world: &mut World) -> Result<bool,
     let mut groups = keelway_csi::csi::group_controller_client::GroupControllerClient::new(channel.clone());
     let mut node = keelway_csi::csi::node_client::NodeClient::new(channel);
     let id = |made: tonic::Response<csi::CreateVolumeResponse>| made.into_inner().volume.unwrap().volume_id;
-    let volume_id = world.calls.id.clone();
-    let range = Some(csi::CapacityRange { required_bytes: world.size * 2, limit_bytes: 0 });
     let outcome = match step {
         Create => controller.create_volume(world.made("pvc-1", None)).await.map(|made| world.calls.id = id(made)),
         Stage => node.node_stage_volume(world.calls.stage()).await.map(drop),
@@ -192,55 +189,31 @@ async fn attempt(driver: &Driver, step: Step, world: &mut World) -> Result<bool,
         Delete => controller.delete_volume(world.calls.delete()).await.map(drop),
         Write | Check => Ok(()),
         Snapshot => {
-            let request =
-                csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: volume_id, ..Default::default() };
-            let taken = controller.create_snapshot(request).await;
+            let taken = controller.create_snapshot(world.calls.snapshot("s")).await;
             taken.map(|taken| world.snapshot = taken.into_inner().snapshot.unwrap().snapshot_id)
         }
         Restore => {
-            let from = Type::Snapshot(SnapshotSource { snapshot_id: world.snapshot.clone() });
-            controller.create_volume(world.made("restored", Some(from))).await.map(|made| world.restored = id(made))
+            let from = snapshot(&world.snapshot);
+            controller.create_volume(world.made("restored", from)).await.map(|made| world.restored = id(made))
         }
         Clone => {
-            let from = Type::Volume(VolumeSource { volume_id });
-            controller.create_volume(world.made("clone", Some(from))).await.map(|made| world.clone = id(made))
+            let from = volume(&world.calls.id);
+            controller.create_volume(world.made("clone", from)).await.map(|made| world.clone = id(made))
         }
         DropSnapshot => {
             let request = csi::DeleteSnapshotRequest { snapshot_id: world.snapshot.clone(), ..Default::default() };
             controller.delete_snapshot(request).await.map(drop)
         }
         Group => {
-            let source_volume_ids = vec![volume_id, world.clone.clone()];
-            let request =
-                csi::CreateVolumeGroupSnapshotRequest { name: "g".into(), source_volume_ids, ..Default::default() };
-            groups.create_volume_group_snapshot(request).await.map(|made| {
-                let group = made.into_inner().group_snapshot.unwrap();
-                let members = group.snapshots.into_iter().map(|snapshot| snapshot.snapshot_id).collect();
-                world.group = (group.group_snapshot_id, members);
-            })
+            let clone = Calls { id: world.clone.clone(), ..world.calls.clone() };
+            let taken = groups.create_volume_group_snapshot(group("g", &[&world.calls, &clone])).await;
+            taken.map(|taken| world.group = taken.into_inner().group_snapshot.unwrap())
         }
-        DropGroup => {
-            let (group_snapshot_id, snapshot_ids) = world.group.clone();
-            let request =
-                csi::DeleteVolumeGroupSnapshotRequest { group_snapshot_id, snapshot_ids, ..Default::default() };
-            groups.delete_volume_group_snapshot(request).await.map(drop)
-        }
-        Expand => {
-            let request = csi::ControllerExpandVolumeRequest { volume_id, capacity_range: range, ..Default::default() };
-            controller.controller_expand_volume(request).await.map(drop)
-        }
-        NodeExpand => {
-            let (volume_path, staging_target_path) = (world.calls.target.clone(), world.calls.staging.clone());
-            let request = csi::NodeExpandVolumeRequest {
-                volume_id,
-                volume_path,
-                staging_target_path,
-                capacity_range: range,
-                ..Default::default()
-            };
-            node.node_expand_volume(request).await.map(drop)
-        }
+        DropGroup => groups.delete_volume_group_snapshot(delete_group(&world.group)).await.map(drop),
+        Expand => controller.controller_expand_volume(world.calls.expand(world.size * 2)).await.map(drop),
+        NodeExpand => node.node_expand_volume(world.calls.node_expand(world.size * 2)).await.map(drop),
         Modify => {
+            let volume_id = world.calls.id.clone();
             let mutable_parameters = [("readAheadKiB".to_owned(), "512".to_owned())].into();
             let request = csi::ControllerModifyVolumeRequest { volume_id, mutable_parameters, ..Default::default() };
             controller.controller_modify_volume(request).await.map(drop)
@@ -324,23 +297,18 @@ async fn live_and_die(scenario: &Scenario, at: usize) -> usize {
         driver.start();
     }
     // What was made of it holds the data, too.
-    let mut node = driver.node().await;
     if scenario.watched.last() != Some(&Delete) {
         if scenario.before.contains(&Publish) || scenario.watched.contains(&Publish) {
             check(&world.calls, &when);
-            node.node_unpublish_volume(world.calls.unpublish()).await.unwrap();
-            node.node_unstage_volume(world.calls.unstage()).await.unwrap();
+            take_away(&driver, &world.calls).await;
         }
         for id in [&world.restored, &world.clone].into_iter().filter(|id| !id.is_empty()) {
             let calls = Calls { id: id.clone(), ..world.calls.clone() };
-            node.node_stage_volume(calls.stage()).await.unwrap();
-            node.node_publish_volume(calls.publish()).await.unwrap();
+            bring(&driver, &calls).await;
             check(&calls, &when);
-            node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-            node.node_unstage_volume(calls.unstage()).await.unwrap();
-            driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+            end(&driver, &calls).await;
         }
-        driver.controller().await.delete_volume(world.calls.delete()).await.unwrap();
+        delete(&driver, &world.calls).await;
     }
     driver.assert_clean();
     assert!(driver.stop_with_connections().await == Some(0), "{when}");
@@ -537,9 +505,7 @@ async fn a_mkfs_that_outlives_its_driver_is_waited_for() {
     driver.start();
     // Many inodes, so that mkfs takes long enough to be stopped in the middle.
     let parameters = [("bytesPerInode", "1024"), ("allocation", "sparse")];
-    let request = create("pvc-1", 8192 * MIB, &mount("ext4"), &parameters);
-    let id = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap().volume_id;
-    let calls = Calls::new(&driver, &id, mount("ext4"));
+    let calls = made(&driver, "pvc-1", 8192 * MIB, &mount("ext4"), &parameters).await;
     let (mut node, stage) = (driver.node().await, calls.stage());
     let staging = tokio::spawn(async move { node.node_stage_volume(stage).await });
     let image = driver.images().remove(0).canonicalize().unwrap();
@@ -570,13 +536,11 @@ async fn a_mkfs_that_outlives_its_driver_is_waited_for() {
         assert!(start.elapsed() < Duration::from_secs(120), "{}", driver.log());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let mut node = driver.node().await;
-    node.node_publish_volume(calls.publish()).await.unwrap();
+    driver.node().await.node_publish_volume(calls.publish()).await.unwrap();
     std::fs::write(data_path(&calls), DATA).unwrap();
-    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-    node.node_unstage_volume(calls.unstage()).await.unwrap();
+    take_away(&driver, &calls).await;
     let checked = std::process::Command::new("e2fsck").arg("-fn").arg(&image).output().unwrap();
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    delete(&driver, &calls).await;
     driver.assert_clean();
 }

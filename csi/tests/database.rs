@@ -14,8 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, create, mount, run};
-use keelway_csi::csi;
+use common::{Calls, Driver, MIB, bring, delete, drop_snapshot, mount, run, snapshot, take, try_made};
 
 const ROUNDS: usize = 3;
 
@@ -153,27 +152,16 @@ struct Volume {
 }
 
 impl Volume {
-    async fn make(driver: &Driver, name: &str, size: i64, snapshot: Option<&str>) -> Self {
-        let capability = mount("ext4");
-        let mut request = create(name, size, &capability, &[]);
-        request.volume_content_source = snapshot.map(|id| {
-            use csi::volume_content_source::{SnapshotSource, Type};
-            csi::VolumeContentSource { r#type: Some(Type::Snapshot(SnapshotSource { snapshot_id: id.into() })) }
-        });
-        let id = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap().volume_id;
-        let mut calls = Calls::new(driver, &id, capability);
-        calls.staging = driver.kubelet(&format!("staging-{name}"));
-        calls.target = driver.kubelet(&format!("pods/{name}"));
-        std::fs::create_dir_all(&calls.staging).unwrap();
+    async fn make(driver: &Driver, name: &str, size: i64, from: Option<&str>) -> Self {
+        let from = from.and_then(snapshot);
+        let calls = try_made(driver, name, size, &mount("ext4"), &[], from).await.unwrap();
         let volume = Self { calls };
         volume.up(driver).await;
         volume
     }
 
     async fn up(&self, driver: &Driver) {
-        let mut node = driver.node().await;
-        node.node_stage_volume(self.calls.stage()).await.unwrap();
-        node.node_publish_volume(self.calls.publish()).await.unwrap();
+        bring(driver, &self.calls).await;
     }
 
     async fn down(&self, driver: &Driver) {
@@ -189,7 +177,7 @@ impl Volume {
 
     async fn end(self, driver: &Driver) {
         self.down(driver).await;
-        driver.controller().await.delete_volume(self.calls.delete()).await.unwrap();
+        delete(driver, &self.calls).await;
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -225,12 +213,7 @@ async fn a_database_survives_kills_and_is_whole_in_every_snapshot() {
         std::thread::sleep(Duration::from_secs(2));
         let before = acked.load(Ordering::SeqCst);
         assert!(before > had, "nothing was written");
-        let request = csi::CreateSnapshotRequest {
-            name: format!("s{round}"),
-            source_volume_id: volume.calls.id.clone(),
-            ..Default::default()
-        };
-        let snapshot = driver.controller().await.create_snapshot(request).await.unwrap().into_inner().snapshot.unwrap();
+        let taken = take(&driver, &format!("s{round}"), &volume.calls).await;
         std::thread::sleep(Duration::from_millis(500));
         // Everything at once: the database, the driver, and with the latter gone the mounts must hold all the same.
         driver.kill();
@@ -242,13 +225,12 @@ async fn a_database_survives_kills_and_is_whole_in_every_snapshot() {
         volume.down(&driver).await;
         volume.up(&driver).await;
 
-        let restored = Volume::make(&driver, &format!("restored{round}"), 512 * MIB, Some(&snapshot.snapshot_id)).await;
+        let restored = Volume::make(&driver, &format!("restored{round}"), 512 * MIB, Some(&taken.snapshot_id)).await;
         let copy = Server::start(&restored.path("data"));
         let found = consistent(&copy, before);
         copy.kill();
         restored.end(&driver).await;
-        let request = csi::DeleteSnapshotRequest { snapshot_id: snapshot.snapshot_id, ..Default::default() };
-        driver.controller().await.delete_snapshot(request).await.unwrap();
+        drop_snapshot(&driver, &taken.snapshot_id).await;
 
         server = Server::start(&data);
         let kept = consistent(&server, last);

@@ -8,7 +8,9 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
-use common::{Calls, Driver, MIB, create, mount};
+use common::{
+    Calls, Driver, MIB, as_mode, bring, create, delete, drop_group, end, made, mount, take_group, try_take_group,
+};
 use keelway_csi::csi;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
 use sha2::{Digest, Sha256};
@@ -24,26 +26,9 @@ fn fill(directory: &Path) -> std::path::PathBuf {
     path
 }
 
-async fn made(driver: &Driver, name: &str) -> Calls {
-    let mut capability = mount("ext4");
-    capability.access_mode.as_mut().unwrap().mode = Mode::SingleNodeMultiWriter as i32;
-    let request = create(name, 16 * MIB, &capability, &[]);
-    let id = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap().volume_id;
-    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
-    Calls { staging, target, ..Calls::new(driver, &id, capability) }
-}
-
-async fn bring(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    node.node_stage_volume(calls.stage()).await.unwrap();
-    node.node_publish_volume(calls.publish()).await.unwrap();
-}
-
-async fn end(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-    node.node_unstage_volume(calls.unstage()).await.unwrap();
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+/// A volume that several pods may have.
+async fn shared(driver: &Driver, name: &str) -> Calls {
+    made(driver, name, 16 * MIB, &as_mode(Mode::SingleNodeMultiWriter, &mount("ext4")), &[]).await
 }
 
 fn mounted(driver: &Driver, target: &str) -> bool {
@@ -67,7 +52,7 @@ async fn what_gives_room_is_never_refused_for_want_of_it() {
 
 async fn gives_room(mut driver: Driver) {
     driver.start();
-    let (first, second) = (made(&driver, "first").await, made(&driver, "second").await);
+    let (first, second) = (shared(&driver, "first").await, shared(&driver, "second").await);
     bring(&driver, &first).await;
     bring(&driver, &second).await;
     let filling = fill(&driver.path("state"));
@@ -96,7 +81,7 @@ async fn gives_room(mut driver: Driver) {
 async fn what_was_answered_outlives_a_full_disk_and_a_kill() {
     let mut driver = Driver::new().state_on("ext4", 16);
     driver.start();
-    let calls = made(&driver, "first").await;
+    let calls = shared(&driver, "first").await;
     bring(&driver, &calls).await;
     let mut node = driver.node().await;
     let mut published = Vec::new();
@@ -140,32 +125,21 @@ async fn what_was_answered_outlives_a_full_disk_and_a_kill() {
 async fn a_group_that_fails_halfway_leaves_nothing() {
     let mut driver = Driver::new().state_on("ext4", 16);
     driver.start();
-    let (first, second) = (made(&driver, "first").await, made(&driver, "second").await);
+    let (first, second) = (shared(&driver, "first").await, shared(&driver, "second").await);
     let filling = fill(&driver.path("state"));
-    let take = csi::CreateVolumeGroupSnapshotRequest {
-        name: "g".into(),
-        source_volume_ids: vec![first.id.clone(), second.id.clone()],
-        ..Default::default()
-    };
-    let mut groups = driver.groups().await;
     // The snapshots can be taken, but not written down.
-    let refused = groups.create_volume_group_snapshot(take.clone()).await.unwrap_err();
+    let refused = try_take_group(&driver, "g", &[&first, &second]).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     let left = |driver: &Driver| {
         common::list(&driver.path("pool")).into_iter().filter(|it| it.extension().is_some_and(|e| e == "snap")).count()
     };
     assert_eq!(left(&driver), 0, "a snapshot is left");
     fs::remove_file(filling).unwrap();
-    let group = groups.create_volume_group_snapshot(take).await.unwrap().into_inner().group_snapshot.unwrap();
+    let group = take_group(&driver, "g", &[&first, &second]).await;
     assert_eq!(left(&driver), 2);
-    let delete = csi::DeleteVolumeGroupSnapshotRequest {
-        group_snapshot_id: group.group_snapshot_id,
-        snapshot_ids: group.snapshots.into_iter().map(|snapshot| snapshot.snapshot_id).collect(),
-        ..Default::default()
-    };
-    groups.delete_volume_group_snapshot(delete).await.unwrap();
+    drop_group(&driver, &group).await;
     for calls in [first, second] {
-        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+        delete(&driver, &calls).await;
     }
     driver.assert_clean();
 }
@@ -175,7 +149,7 @@ async fn a_group_that_fails_halfway_leaves_nothing() {
 async fn a_journal_of_an_older_build_or_of_a_power_cut_is_carried_on_with() {
     let mut driver = Driver::new().state_on("ext4", 16);
     driver.start();
-    let calls = made(&driver, "first").await;
+    let calls = shared(&driver, "first").await;
     bring(&driver, &calls).await;
     let second = driver.kubelet("pods/second");
     driver

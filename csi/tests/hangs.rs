@@ -8,24 +8,12 @@ use std::fs;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, as_mode, create, mount, run};
+use common::{Calls, Driver, MIB, as_mode, available, bring, create, delete, end, made, mount, run};
+use keelway_csi::csi;
 use keelway_csi::csi::volume_capability::AccessType;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
-use keelway_csi::csi::{self, VolumeCapability};
 
 const RAW: &[(&str, &str)] = &[("backend", "raw")];
-
-async fn made(driver: &Driver, name: &str, mebibytes: i64, kind: &VolumeCapability, class: &[(&str, &str)]) -> Calls {
-    let made = driver.controller().await.create_volume(create(name, mebibytes * MIB, kind, class)).await.unwrap();
-    let id = made.into_inner().volume.unwrap().volume_id;
-    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
-    Calls { staging, target, ..Calls::new(driver, &id, kind.clone()) }
-}
-
-async fn capacity(driver: &Driver) -> i64 {
-    let request = csi::GetCapacityRequest::default();
-    driver.controller().await.get_capacity(request).await.unwrap().into_inner().available_capacity
-}
 
 /// What is wrong with each volume that something is wrong with.
 async fn unhealthy(driver: &Driver) -> Vec<(String, i32)> {
@@ -54,7 +42,7 @@ async fn a_device_that_cannot_even_be_opened_is_not_free() {
     driver.set("--raw-devices", &format!("{}/disk,{disk}", nowhere.display()));
     driver.start();
     let start = Instant::now();
-    assert_eq!(capacity(&driver).await, 64 * MIB);
+    assert_eq!(available(&driver, &[]).await, 64 * MIB);
     assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
     // Only the first one waited.
     let (start, before) = (Instant::now(), threads(&driver));
@@ -65,17 +53,17 @@ async fn a_device_that_cannot_even_be_opened_is_not_free() {
     }
     assert!(many.join_all().await.into_iter().all(|answer| answer.is_ok()));
     for _ in 0..50 {
-        assert_eq!(capacity(&driver).await, 64 * MIB);
+        assert_eq!(available(&driver, &[]).await, 64 * MIB);
         let request = csi::NodeGetStorageHealthRequest::default();
         driver.node().await.node_get_storage_health(request).await.unwrap();
     }
     // Each that waited as the first one did would have taken four seconds.
     assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
     assert!(threads(&driver) <= before + 4, "{} threads after {before}", threads(&driver));
-    let calls = made(&driver, "pvc-1", 64, &mount("ext4"), RAW).await;
+    let calls = made(&driver, "pvc-1", 64 * MIB, &mount("ext4"), RAW).await;
     driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
     driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    delete(&driver, &calls).await;
     // Whoever waited there is let go with its other end.
     drop(fuse);
     driver.kill();
@@ -101,9 +89,9 @@ async fn disks_that_hang_in_mkfs_keep_nobody_elses_slot() {
     driver.start();
     let mut all = Vec::new();
     for (name, size) in [("one", 64), ("two", 64), ("works", 128)] {
-        all.push(made(&driver, name, size, &mount("ext4"), RAW).await);
+        all.push(made(&driver, name, size * MIB, &mount("ext4"), RAW).await);
     }
-    let image = made(&driver, "image", 32, &mount("ext4"), &[]).await;
+    let image = made(&driver, "image", 32 * MIB, &mount("ext4"), &[]).await;
     run("fsfreeze", &["--freeze", below.to_str().unwrap()]);
     let mut hanging = Vec::new();
     for calls in &all[..2] {
@@ -139,7 +127,7 @@ async fn disks_that_hang_in_mkfs_keep_nobody_elses_slot() {
     all.push(image);
     for calls in &all {
         driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
-        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+        delete(&driver, calls).await;
     }
     driver.kill();
     for n in 0..2 {
@@ -155,9 +143,8 @@ async fn what_takes_long_at_one_target_holds_up_no_other() {
     let mut driver = Driver::new();
     driver.start();
     let kind = as_mode(Mode::SingleNodeMultiWriter, &mount("ext4"));
-    let calls = made(&driver, "pvc-1", 64, &kind, &[]).await;
-    driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
-    driver.node().await.node_publish_volume(calls.publish()).await.unwrap();
+    let calls = made(&driver, "pvc-1", 64 * MIB, &kind, &[]).await;
+    bring(&driver, &calls).await;
     // What its device completes is seen: a call that waits long meanwhile does not wait for a disk that hangs.
     let completed = || keelway_csi::sys::block::completed(driver.loops()[0].dev()).unwrap();
     let before = completed();
@@ -185,22 +172,13 @@ async fn what_takes_long_at_one_target_holds_up_no_other() {
         start.elapsed()
     );
     assert_eq!(said, [(calls.id.clone(), csi::VolumeHealthErrorType::Inaccessible as i32)]);
-    let stats = csi::NodeGetVolumeStatsRequest {
-        volume_id: calls.id.clone(),
-        volume_path: calls.target.clone(),
-        ..Default::default()
-    };
-    let answer = driver.node().await.node_get_volume_stats(stats).await.unwrap().into_inner();
+    let answer = driver.node().await.node_get_volume_stats(calls.stats()).await.unwrap().into_inner();
     assert_eq!(answer.usage.len(), 2);
     run("fsfreeze", &["--unfreeze", &calls.target]);
     waiting.await.unwrap().unwrap();
     assert_eq!(unhealthy(&driver).await, []);
-    for calls in [&calls, &second] {
-        driver.node().await.node_unpublish_volume(calls.unpublish()).await.unwrap();
-    }
-    driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
-    let _ = fs::remove_dir(&calls.staging);
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    driver.node().await.node_unpublish_volume(second.unpublish()).await.unwrap();
+    end(&driver, &calls).await;
     driver.assert_clean();
 }
 

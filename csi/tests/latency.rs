@@ -42,12 +42,7 @@ async fn latency_of_each_call() {
             lap(5);
             node.node_publish_volume(calls.publish()).await.unwrap();
             lap(2);
-            let stats = keelway_csi::csi::NodeGetVolumeStatsRequest {
-                volume_id: calls.id.clone(),
-                volume_path: calls.target.clone(),
-                staging_target_path: String::new(),
-            };
-            node.node_get_volume_stats(stats).await.unwrap();
+            node.node_get_volume_stats(calls.stats()).await.unwrap();
             lap(6);
             node.node_unpublish_volume(calls.unpublish()).await.unwrap();
             lap(3);

@@ -8,74 +8,23 @@ mod common;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use common::{Calls, Driver, MIB, block, create, lvm, mount, no_device_mapper};
+use common::{
+    Calls, Driver, MIB, available, block, bring, create, delete, drop_group, drop_snapshot, end, lvm, made, mount,
+    no_device_mapper, snapshot, take, take_away, take_group, try_made, try_take, try_take_group, volume,
+};
+use keelway_csi::csi;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
-use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
-use keelway_csi::csi::{self, VolumeCapability};
-use tonic::{Code, Status};
+use tonic::Code;
 
 const THICK: &[(&str, &str)] = &[("backend", "lvm")];
 const THIN: &[(&str, &str)] = &[("backend", "lvm-thin")];
 const BOTH: &str = "lvm,lvm-thin";
 const DATA: &[u8] = &[0x5a; 1 << 16];
 
-async fn try_made(
-    driver: &Driver,
-    name: &str,
-    mebibytes: i64,
-    kind: &VolumeCapability,
-    class: &[(&str, &str)],
-    from: Option<Type>,
-) -> Result<Calls, Status> {
-    let request = csi::CreateVolumeRequest {
-        volume_content_source: from.map(|kind| csi::VolumeContentSource { r#type: Some(kind) }),
-        ..create(name, mebibytes * MIB, kind, class)
-    };
-    let made = driver.controller().await.create_volume(request).await?.into_inner().volume.unwrap();
-    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
-    Ok(Calls { staging, target, ..Calls::new(driver, &made.volume_id, kind.clone()) })
-}
-
-async fn made(driver: &Driver, name: &str, mebibytes: i64, kind: &VolumeCapability, class: &[(&str, &str)]) -> Calls {
-    try_made(driver, name, mebibytes, kind, class, None).await.unwrap()
-}
-
-async fn bring(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    node.node_stage_volume(calls.stage()).await.unwrap();
-    node.node_publish_volume(calls.publish()).await.unwrap();
-}
-
-async fn withdraw(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-    node.node_unstage_volume(calls.unstage()).await.unwrap();
-}
-
-async fn delete(driver: &Driver, calls: &Calls) {
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
-}
-
 async fn grow(driver: &Driver, calls: &Calls, mebibytes: i64) {
-    let range = Some(csi::CapacityRange { required_bytes: mebibytes * MIB, limit_bytes: 0 });
-    let request =
-        csi::ControllerExpandVolumeRequest { volume_id: calls.id.clone(), capacity_range: range, ..Default::default() };
-    let answer = driver.controller().await.controller_expand_volume(request).await.unwrap().into_inner();
-    assert_eq!(answer.capacity_bytes, mebibytes * MIB);
-    let request = csi::NodeExpandVolumeRequest {
-        volume_id: calls.id.clone(),
-        volume_path: calls.target.clone(),
-        staging_target_path: calls.staging.clone(),
-        capacity_range: range,
-        ..Default::default()
-    };
-    driver.node().await.node_expand_volume(request).await.unwrap();
-}
-
-async fn available(driver: &Driver, class: &[(&str, &str)]) -> i64 {
-    let parameters = class.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
-    let request = csi::GetCapacityRequest { parameters, ..Default::default() };
-    driver.controller().await.get_capacity(request).await.unwrap().into_inner().available_capacity
+    let answer = driver.controller().await.controller_expand_volume(calls.expand(mebibytes * MIB)).await.unwrap();
+    assert_eq!(answer.into_inner().capacity_bytes, mebibytes * MIB);
+    driver.node().await.node_expand_volume(calls.node_expand(mebibytes * MIB)).await.unwrap();
 }
 
 /// Where the bytes of a volume are: a file of it, or the device itself.
@@ -110,7 +59,7 @@ async fn volumes_hold_their_data_and_grow_in_use() {
     driver.start();
     for class in [THICK, THIN] {
         for (kind, first, then) in [(mount("ext4"), 64, 128), (mount("xfs"), 300, 500), (block(), 16, 32)] {
-            let calls = made(&driver, "pvc-1", first, &kind, class).await;
+            let calls = made(&driver, "pvc-1", first * MIB, &kind, class).await;
             bring(&driver, &calls).await;
             write(&calls, DATA, 0);
             driver.kill();
@@ -127,21 +76,15 @@ async fn volumes_hold_their_data_and_grow_in_use() {
             assert_eq!(read(&calls, 0, DATA.len()), DATA);
             let refused = driver.controller().await.delete_volume(calls.delete()).await;
             assert_eq!(refused.unwrap_err().code(), Code::FailedPrecondition);
-            withdraw(&driver, &calls).await;
+            take_away(&driver, &calls).await;
             // At rest it grows, too, and is whole when it is staged next.
             if kind != block() {
                 let more = then + 64;
-                let range = Some(csi::CapacityRange { required_bytes: more * MIB, limit_bytes: 0 });
-                let request = csi::ControllerExpandVolumeRequest {
-                    volume_id: calls.id.clone(),
-                    capacity_range: range,
-                    ..Default::default()
-                };
-                driver.controller().await.controller_expand_volume(request).await.unwrap();
+                driver.controller().await.controller_expand_volume(calls.expand(more * MIB)).await.unwrap();
                 bring(&driver, &calls).await;
                 assert!(mebibytes_of(&calls) > more as u64 * 8 / 10);
                 assert_eq!(read(&calls, 0, DATA.len()), DATA);
-                withdraw(&driver, &calls).await;
+                take_away(&driver, &calls).await;
             }
             delete(&driver, &calls).await;
         }
@@ -158,17 +101,15 @@ async fn a_block_volume_holds_nothing_of_others() {
     let mut driver = Driver::new().lvm(512, BOTH);
     driver.start();
     for class in [THICK, THIN] {
-        let first = made(&driver, "first", 128, &block(), class).await;
+        let first = made(&driver, "first", 128 * MIB, &block(), class).await;
         bring(&driver, &first).await;
         write(&first, &vec![0x77; 128 << 20], 0);
-        withdraw(&driver, &first).await;
-        delete(&driver, &first).await;
-        let second = made(&driver, "second", 32, &block(), class).await;
+        end(&driver, &first).await;
+        let second = made(&driver, "second", 32 * MIB, &block(), class).await;
         bring(&driver, &second).await;
         grow(&driver, &second, 128).await;
         assert!(read(&second, 0, 128 << 20).iter().all(|&byte| byte == 0), "another's data can be read");
-        withdraw(&driver, &second).await;
-        delete(&driver, &second).await;
+        end(&driver, &second).await;
     }
     driver.assert_clean();
 }
@@ -183,25 +124,24 @@ async fn a_block_volume_is_staged_before_it_is_published() {
     driver.start();
     let publish = async |driver: &Driver, calls: &Calls| driver.node().await.node_publish_volume(calls.publish()).await;
     for class in [THICK, THIN] {
-        let calls = made(&driver, "pvc-1", 16, &block(), class).await;
+        let calls = made(&driver, "pvc-1", 16 * MIB, &block(), class).await;
         // Its device is there all the time.
         assert_eq!(publish(&driver, &calls).await.unwrap_err().code(), Code::FailedPrecondition);
         driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
         let refused = driver.controller().await.delete_volume(calls.delete()).await.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
         bring(&driver, &calls).await;
-        withdraw(&driver, &calls).await;
+        take_away(&driver, &calls).await;
         assert_eq!(publish(&driver, &calls).await.unwrap_err().code(), Code::FailedPrecondition);
         driver.node().await.node_unpublish_volume(calls.unpublish()).await.unwrap();
         delete(&driver, &calls).await;
     }
     // Staged read-only it is well.
     let kind = mount("ext4");
-    let reader = made(&driver, "pvc-2", 64, &common::as_mode(Mode::SingleNodeReaderOnly, &kind), THICK).await;
+    let reader = made(&driver, "pvc-2", 64 * MIB, &common::as_mode(Mode::SingleNodeReaderOnly, &kind), THICK).await;
     bring(&driver, &reader).await;
     assert_eq!(driver.health(&reader.id).await, []);
-    withdraw(&driver, &reader).await;
-    delete(&driver, &reader).await;
+    end(&driver, &reader).await;
     driver.assert_clean();
 }
 
@@ -214,18 +154,15 @@ async fn thin_volumes_are_snapshotted_restored_and_cloned() {
     let mut driver = Driver::new().lvm(4096, BOTH);
     driver.start();
     for (kind, size) in [(mount("ext4"), 64), (mount("xfs"), 300), (block(), 64)] {
-        let first = made(&driver, "first", size, &kind, THIN).await;
+        let first = made(&driver, "first", size * MIB, &kind, THIN).await;
         bring(&driver, &first).await;
         write(&first, DATA, 0);
-        let request =
-            csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: first.id.clone(), ..Default::default() };
-        let taken = driver.controller().await.create_snapshot(request).await.unwrap().into_inner();
-        let taken = taken.snapshot.unwrap().snapshot_id;
+        let taken = take(&driver, "s", &first).await.snapshot_id;
         write(&first, &[0x11; 4096], 0);
-        let from = Type::Snapshot(SnapshotSource { snapshot_id: taken.clone() });
-        let restored = try_made(&driver, "restored", size + 100, &kind, THIN, Some(from)).await.unwrap();
-        let from = Type::Volume(VolumeSource { volume_id: first.id.clone() });
-        let clone = try_made(&driver, "clone", size, &kind, THIN, Some(from)).await.unwrap();
+        let from = snapshot(&taken);
+        let restored = try_made(&driver, "restored", (size + 100) * MIB, &kind, THIN, from).await.unwrap();
+        let from = volume(&first.id);
+        let clone = try_made(&driver, "clone", size * MIB, &kind, THIN, from).await.unwrap();
         write(&first, &[0x22; 4096], 0);
         driver.kill();
         driver.start();
@@ -238,43 +175,29 @@ async fn thin_volumes_are_snapshotted_restored_and_cloned() {
             assert!(mebibytes_of(&restored) > (size + 100) as u64 * 8 / 10, "it is as large as was asked for");
         }
         // A group is of one moment; both filesystems are in use.
-        let request = csi::CreateVolumeGroupSnapshotRequest {
-            name: "g".into(),
-            source_volume_ids: vec![first.id.clone(), clone.id.clone()],
-            ..Default::default()
-        };
+        let both = [&first, &clone];
         if kind == block() {
             // Nothing holds the two still at once: what would not be of one moment is not taken while they are in use.
-            let refused = driver.groups().await.create_volume_group_snapshot(request.clone()).await.unwrap_err();
+            let refused = try_take_group(&driver, "g", &both).await.unwrap_err();
             assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("moment"), "{refused}");
-            for calls in [&first, &clone] {
+            for calls in both {
                 driver.node().await.node_unpublish_volume(calls.unpublish()).await.unwrap();
             }
         }
-        let group = driver.groups().await.create_volume_group_snapshot(request).await.unwrap().into_inner();
-        let group = group.group_snapshot.unwrap();
+        let group = take_group(&driver, "g", &both).await;
         if kind != block() {
             write(&first, &[0x33; 4096], 0);
         }
-        let request = csi::DeleteVolumeGroupSnapshotRequest {
-            group_snapshot_id: group.group_snapshot_id,
-            snapshot_ids: group.snapshots.into_iter().map(|snapshot| snapshot.snapshot_id).collect(),
-            ..Default::default()
-        };
-        driver.groups().await.delete_volume_group_snapshot(request).await.unwrap();
+        drop_group(&driver, &group).await;
         for calls in [&restored, &clone, &first] {
-            withdraw(&driver, calls).await;
-            delete(&driver, calls).await;
+            end(&driver, calls).await;
         }
-        let request = csi::DeleteSnapshotRequest { snapshot_id: taken, ..Default::default() };
-        driver.controller().await.delete_snapshot(request).await.unwrap();
+        drop_snapshot(&driver, &taken).await;
         driver.assert_clean();
     }
     // A thick one has none, and says so.
-    let thick = made(&driver, "thick", 16, &block(), THICK).await;
-    let request =
-        csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: thick.id.clone(), ..Default::default() };
-    let refused = driver.controller().await.create_snapshot(request).await.unwrap_err();
+    let thick = made(&driver, "thick", 16 * MIB, &block(), THICK).await;
+    let refused = try_take(&driver, "s", &thick).await.unwrap_err();
     assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("lvm-thin"), "{refused}");
     delete(&driver, &thick).await;
     driver.assert_clean();
@@ -292,9 +215,9 @@ async fn no_extent_is_promised_twice_and_a_pool_stops_at_its_watermark() {
     for class in [THICK, THIN] {
         let free = available(&driver, class).await / MIB;
         assert!(free > 100, "{free}");
-        let calls = made(&driver, "pvc-1", 65, &block(), class).await;
+        let calls = made(&driver, "pvc-1", 65 * MIB, &block(), class).await;
         assert_eq!(available(&driver, class).await / MIB, free - 68);
-        let refused = try_made(&driver, "pvc-2", free - 64, &block(), class, None).await.unwrap_err();
+        let refused = try_made(&driver, "pvc-2", (free - 64) * MIB, &block(), class, None).await.unwrap_err();
         assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
         let range = csi::CapacityRange { required_bytes: 65 * MIB, limit_bytes: 66 * MIB };
         let request = csi::CreateVolumeRequest { capacity_range: Some(range), ..create("pvc-3", 0, &block(), class) };
@@ -321,15 +244,14 @@ async fn no_extent_is_promised_twice_and_a_pool_stops_at_its_watermark() {
     for id in made {
         delete(&driver, &Calls::new(&driver, &id, block())).await;
     }
-    let calls = crate::made(&driver, "pvc-1", 160, &block(), THIN).await;
+    let calls = common::made(&driver, "pvc-1", 160 * MIB, &block(), THIN).await;
     bring(&driver, &calls).await;
     write(&calls, &vec![7; 120 << 20], 0);
     assert_eq!(available(&driver, THIN).await, 0);
-    let refused = try_made(&driver, "pvc-2", 16, &block(), THIN, None).await.unwrap_err();
+    let refused = try_made(&driver, "pvc-2", 16 * MIB, &block(), THIN, None).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     assert!(driver.log().contains("at its watermark"), "{}", driver.log());
-    withdraw(&driver, &calls).await;
-    delete(&driver, &calls).await;
+    end(&driver, &calls).await;
     assert!(available(&driver, THIN).await > 100 * MIB);
     driver.assert_clean();
 }
@@ -342,7 +264,7 @@ async fn what_is_not_ours_or_not_the_same_is_left_alone() {
     }
     let mut driver = Driver::new().lvm(512, BOTH);
     driver.start();
-    let calls = made(&driver, "pvc-1", 16, &mount("ext4"), THICK).await;
+    let calls = made(&driver, "pvc-1", 16 * MIB, &mount("ext4"), THICK).await;
     let volume = format!("kw-test/{}", calls.id);
 
     // After a boot nobody but the driver activates it.
@@ -362,7 +284,7 @@ async fn what_is_not_ours_or_not_the_same_is_left_alone() {
     driver.start();
     assert!(mapped().iter().all(|device| !device.suspended));
     assert_eq!(read(&calls, 0, DATA.len()), DATA);
-    withdraw(&driver, &calls).await;
+    take_away(&driver, &calls).await;
 
     // One of the same name that somebody else made: not mounted, not formatted, not removed.
     driver.kill();

@@ -10,9 +10,9 @@ use std::fs;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, create, mount};
+use common::{Calls, Driver, MIB, create, filled, mount, snapshot, volume};
 use keelway_csi::csi;
-use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
+use keelway_csi::csi::volume_content_source::Type;
 use tonic::{Code, Status};
 
 /// xorshift64: the same numbers for the same seed.
@@ -99,15 +99,9 @@ impl World {
     async fn make(&mut self, from: Option<Type>, data: u64, least: i64) {
         self.made += 1;
         let (name, capability) = (format!("v{}", self.made), mount(""));
-        let source = from.map(|kind| csi::VolumeContentSource { r#type: Some(kind) });
-        let request = csi::CreateVolumeRequest {
-            volume_content_source: source,
-            ..create(&name, least.max(self.base), &capability, self.class)
-        };
+        let request = filled(from, create(&name, least.max(self.base), &capability, self.class));
         let volume = insist!(self, controller, create_volume, request).volume.unwrap();
-        let mut calls = Calls::new(&self.driver, &volume.volume_id, capability);
-        (calls.staging, calls.target) =
-            (self.driver.kubelet(&format!("staging/{name}")), self.driver.kubelet(&format!("pods/{name}")));
+        let calls = Calls::named(&self.driver, &name, &volume.volume_id, capability);
         self.volumes.push(Volume { calls, at: At::Rest, data, size: volume.capacity_bytes });
     }
 
@@ -117,13 +111,13 @@ impl World {
             return match self.numbers.below(3) {
                 0 if snapshots > 0 => {
                     let (id, data, size) = self.snapshots[self.numbers.below(snapshots)].clone();
-                    self.make(Some(Type::Snapshot(SnapshotSource { snapshot_id: id })), data, size).await
+                    self.make(snapshot(&id), data, size).await
                 }
                 1 if volumes > 0 => {
                     let at = self.numbers.below(volumes);
                     let (id, data) = (self.volumes[at].calls.id.clone(), self.volumes[at].data);
                     let size = self.volumes[at].size;
-                    self.make(Some(Type::Volume(VolumeSource { volume_id: id })), data, size).await
+                    self.make(volume(&id), data, size).await
                 }
                 _ => self.make(None, 0, 0).await,
             };
@@ -133,11 +127,7 @@ impl World {
         match (self.volumes[n].at, self.numbers.below(6)) {
             (_, 0) if snapshots < 4 => {
                 self.made += 1;
-                let request = csi::CreateSnapshotRequest {
-                    name: format!("s{}", self.made),
-                    source_volume_id: calls.id,
-                    ..Default::default()
-                };
+                let request = calls.snapshot(&format!("s{}", self.made));
                 let taken = insist!(self, controller, create_snapshot, request).snapshot.unwrap();
                 self.snapshots.push((taken.snapshot_id, self.volumes[n].data, taken.size_bytes));
             }
@@ -152,12 +142,7 @@ impl World {
                 self.volumes.remove(n);
             }
             (At::Rest, 3) if self.volumes[n].size < 3 * self.base => {
-                let range = csi::CapacityRange { required_bytes: self.volumes[n].size + 8 * MIB, limit_bytes: 0 };
-                let request = csi::ControllerExpandVolumeRequest {
-                    volume_id: calls.id,
-                    capacity_range: Some(range),
-                    ..Default::default()
-                };
+                let request = calls.expand(self.volumes[n].size + 8 * MIB);
                 let answer = insist!(self, controller, controller_expand_volume, request);
                 self.volumes[n].size = answer.capacity_bytes;
             }

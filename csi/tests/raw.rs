@@ -7,16 +7,11 @@ mod common;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use common::{Calls, Driver, MIB, block, create, mount, run};
-use keelway_csi::csi::{self, VolumeCapability};
+use common::{Calls, Driver, MIB, available, block, bring, create, delete, end, made, mount, run, take_away, try_made};
+use keelway_csi::csi;
 use tonic::Code;
 
 const CLASS: &[(&str, &str)] = &[("backend", "raw")];
-
-async fn made(driver: &Driver, name: &str, size: i64, kind: &VolumeCapability) -> Result<csi::Volume, tonic::Status> {
-    let request = create(name, size, kind, CLASS);
-    driver.controller().await.create_volume(request).await.map(|made| made.into_inner().volume.unwrap())
-}
 
 #[tokio::test]
 #[ignore = "needs root and loop devices"]
@@ -25,12 +20,11 @@ async fn a_device_is_a_volume() {
     driver.start();
     for kind in [mount("ext4"), block()] {
         // The smallest that is large enough, and all of it.
-        let volume = made(&driver, "pvc-1", 20 * MIB, &kind).await.unwrap();
+        let request = create("pvc-1", 20 * MIB, &kind, CLASS);
+        let volume = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap();
         assert_eq!(volume.capacity_bytes, 64 * MIB);
         let calls = Calls::new(&driver, &volume.volume_id, kind.clone());
-        let mut node = driver.node().await;
-        node.node_stage_volume(calls.stage()).await.unwrap();
-        node.node_publish_volume(calls.publish()).await.unwrap();
+        bring(&driver, &calls).await;
         let path = if kind == block() { calls.target.clone() } else { format!("{}/data", calls.target) };
         let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(&path).unwrap();
         file.write_all_at(&[7; 8192], 0).unwrap();
@@ -38,20 +32,15 @@ async fn a_device_is_a_volume() {
         drop(file);
         driver.kill();
         driver.start();
-        let mut node = driver.node().await;
         // In use it stays, also as a block device that nobody has open.
         let refused = driver.controller().await.delete_volume(calls.delete()).await.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
         for _ in 0..2 {
-            node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-            node.node_unstage_volume(calls.unstage()).await.unwrap();
-            node.node_stage_volume(calls.stage()).await.unwrap();
-            node.node_publish_volume(calls.publish()).await.unwrap();
+            take_away(&driver, &calls).await;
+            bring(&driver, &calls).await;
         }
         assert_eq!(fs::read(&path).unwrap()[..8192], [7; 8192]);
-        node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-        node.node_unstage_volume(calls.unstage()).await.unwrap();
-        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+        end(&driver, &calls).await;
         // The next one to have it finds nothing of the last one's.
         let found = fs::read(driver.path("disk0")).unwrap();
         assert!(found.iter().all(|&byte| byte == 0), "data is left on the device");
@@ -70,15 +59,13 @@ async fn what_may_hold_data_is_never_taken() {
     fs::create_dir(&mounted).unwrap();
     run("mount", &[driver.disk(1), mounted.to_str().unwrap()]);
     driver.start();
-    let capacity = driver.controller().await.get_capacity(csi::GetCapacityRequest::default()).await.unwrap();
-    assert_eq!(capacity.into_inner().available_capacity, 64 * MIB);
-    let volume = made(&driver, "pvc-1", 64 * MIB, &block()).await.unwrap();
-    let none = made(&driver, "pvc-2", 64 * MIB, &block()).await.unwrap_err();
+    assert_eq!(available(&driver, &[]).await, 64 * MIB);
+    let calls = made(&driver, "pvc-1", 64 * MIB, &block(), CLASS).await;
+    let none = try_made(&driver, "pvc-2", 64 * MIB, &block(), CLASS, None).await.unwrap_err();
     assert_eq!(none.code(), Code::ResourceExhausted);
     run("umount", &[mounted.to_str().unwrap()]);
 
     // A name that leads to another device than it did, as names do after a reboot, is noticed.
-    let calls = Calls::new(&driver, &volume.volume_id, block());
     fs::write(driver.path("disk0"), vec![0; 64 << 20]).unwrap();
     let point = |to: &str| {
         fs::remove_file(driver.by_id(2)).unwrap();
@@ -89,7 +76,7 @@ async fn what_may_hold_data_is_never_taken() {
     assert_eq!(refused.code(), Code::DataLoss, "{refused}");
     assert_eq!(driver.controller().await.delete_volume(calls.delete()).await.unwrap_err().code(), Code::DataLoss);
     point(driver.disk(2));
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    delete(&driver, &calls).await;
     driver.assert_clean();
 }
 
@@ -100,19 +87,18 @@ async fn what_somebody_writes_to_a_claimed_disk_is_his() {
     driver.start();
     // By the start and by the end of it, where a RAID has what it is known by.
     for (at, kind) in [(0, mount("ext4")), ((64 << 20) - 4096, mount("ext4")), ((64 << 20) - 4096, block())] {
-        let volume = made(&driver, "pvc-1", 16 * MIB, &kind).await.unwrap();
-        let calls = Calls::new(&driver, &volume.volume_id, kind.clone());
+        let calls = made(&driver, "pvc-1", 16 * MIB, &kind, CLASS).await;
         let disk = fs::File::options().write(true).open(driver.disk(0)).unwrap();
         disk.write_all_at(&[7; 4096], at).unwrap();
         disk.sync_all().unwrap();
         drop(disk);
         let refused = driver.node().await.node_stage_volume(calls.stage()).await.unwrap_err();
         assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("blank"), "{refused}");
-        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+        delete(&driver, &calls).await;
         let found = fs::read(driver.disk(0)).unwrap();
         assert!(found[at as usize..][..4096] == [7; 4096], "it was wiped");
         // Nor is it taken again.
-        let none = made(&driver, "pvc-2", 16 * MIB, &kind).await.unwrap_err();
+        let none = try_made(&driver, "pvc-2", 16 * MIB, &kind, CLASS, None).await.unwrap_err();
         assert_eq!(none.code(), Code::ResourceExhausted);
         fs::File::options().write(true).open(driver.disk(0)).unwrap().write_all_at(&[0; 4096], at).unwrap();
     }
@@ -136,12 +122,8 @@ async fn a_disk_that_hangs_holds_up_nobody_else() {
     let kind = mount("ext4");
     let mut all = Vec::new();
     for (name, size) in [("hangs", 64), ("works", 128)] {
-        let id = made(&driver, name, size * MIB, &kind).await.unwrap().volume_id;
-        let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
-        let calls = Calls { staging, target, ..Calls::new(&driver, &id, kind.clone()) };
-        let mut node = driver.node().await;
-        node.node_stage_volume(calls.stage()).await.unwrap();
-        node.node_publish_volume(calls.publish()).await.unwrap();
+        let calls = made(&driver, name, size * MIB, &kind, CLASS).await;
+        bring(&driver, &calls).await;
         fs::write(format!("{}/data", calls.target), vec![7; 1 << 20]).unwrap();
         all.push(calls);
     }
@@ -152,37 +134,27 @@ async fn a_disk_that_hangs_holds_up_nobody_else() {
     let unstage = hangs.unstage();
     let waiting = tokio::spawn(async move { node.node_unstage_volume(unstage).await });
     let start = std::time::Instant::now();
-    let (mut node, mut controller) = (driver.node().await, driver.controller().await);
+    let mut node = driver.node().await;
     let mut unhealthy = Vec::new();
     while unhealthy.is_empty() {
         assert!(start.elapsed().as_secs() < 30 && !waiting.is_finished(), "it is never seen to hang");
         // All the while the other one is served.
         let one = std::time::Instant::now();
-        node.node_unpublish_volume(works.unpublish()).await.unwrap();
-        node.node_unstage_volume(works.unstage()).await.unwrap();
-        node.node_stage_volume(works.stage()).await.unwrap();
-        node.node_publish_volume(works.publish()).await.unwrap();
+        take_away(&driver, &works).await;
+        bring(&driver, &works).await;
         assert!(one.elapsed().as_secs() < 4, "held up for {:?}", one.elapsed());
         let again = node.node_unstage_volume(hangs.unstage()).await.unwrap_err();
         assert_eq!(again.code(), Code::Aborted);
-        let mut ask = async |id: &String| {
-            let request = csi::ControllerGetVolumeHealthRequest { volume_id: id.clone(), ..Default::default() };
-            let answer = controller.controller_get_volume_health(request).await.unwrap().into_inner();
-            answer.volume_health.unwrap().health_statuses
-        };
-        assert_eq!(ask(&works.id).await, []);
-        unhealthy = ask(&hangs.id).await;
+        assert_eq!(driver.health(&works.id).await, []);
+        unhealthy = driver.health(&hangs.id).await;
     }
-    assert_eq!(unhealthy[0].status, csi::VolumeHealthErrorType::Inaccessible as i32, "{unhealthy:?}");
+    assert_eq!(unhealthy[0].0, csi::VolumeHealthErrorType::Inaccessible as i32, "{unhealthy:?}");
     run("fsfreeze", &["--unfreeze", below.to_str().unwrap()]);
     waiting.await.unwrap().unwrap();
-    node.node_stage_volume(hangs.stage()).await.unwrap();
-    node.node_publish_volume(hangs.publish()).await.unwrap();
+    bring(&driver, &hangs).await;
     assert_eq!(fs::read(format!("{}/data", hangs.target)).unwrap(), vec![7; 1 << 20]);
     for calls in [&hangs, &works] {
-        node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-        node.node_unstage_volume(calls.unstage()).await.unwrap();
-        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+        end(&driver, calls).await;
     }
     driver.kill();
     run("losetup", &["--detach", driver.disk(0)]);

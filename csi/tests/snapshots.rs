@@ -10,80 +10,20 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, block, create, mount, run};
-use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
-use keelway_csi::csi::{self, VolumeCapability};
+use common::{
+    Calls, Driver, MIB, available, block, bring, delete, drop_group, drop_snapshot, end, made, mount, run, snapshot,
+    take, take_away, take_group, try_made, try_take, volume,
+};
+use keelway_csi::csi;
 use keelway_csi::model::FsType;
 use tonic::Code;
 
-async fn made(driver: &Driver, name: &str, size: i64, capability: &VolumeCapability, from: Option<Type>) -> String {
-    let source = from.map(|kind| csi::VolumeContentSource { r#type: Some(kind) });
-    let request =
-        csi::CreateVolumeRequest { volume_content_source: source.clone(), ..create(name, size, capability, &[]) };
-    let volume = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap();
-    assert_eq!(volume.content_source, source);
-    volume.volume_id
-}
-
-fn snapshot(id: &str) -> Option<Type> {
-    Some(Type::Snapshot(SnapshotSource { snapshot_id: id.into() }))
-}
-
-fn volume(id: &str) -> Option<Type> {
-    Some(Type::Volume(VolumeSource { volume_id: id.into() }))
-}
-
-/// One volume's requests at paths of its own.
-fn calls(driver: &Driver, id: &str, capability: &VolumeCapability) -> Calls {
-    let short = &id[4..12];
-    let (staging, target) = (driver.kubelet(&format!("staging/{short}")), driver.kubelet(&format!("pods/{short}")));
-    Calls { staging, target, ..Calls::new(driver, id, capability.clone()) }
-}
-
-async fn bring(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    node.node_stage_volume(calls.stage()).await.unwrap();
-    node.node_publish_volume(calls.publish()).await.unwrap();
-}
-
-async fn take_away(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-    node.node_unstage_volume(calls.unstage()).await.unwrap();
-    let _ = fs::remove_dir(&calls.staging);
-}
-
-async fn end(driver: &Driver, calls: &Calls) {
-    take_away(driver, calls).await;
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
-}
-
-async fn take(driver: &Driver, name: &str, id: &str) -> csi::Snapshot {
-    let request = csi::CreateSnapshotRequest { name: name.into(), source_volume_id: id.into(), ..Default::default() };
-    driver.controller().await.create_snapshot(request).await.unwrap().into_inner().snapshot.unwrap()
-}
-
-async fn drop_snapshot(driver: &Driver, id: &str) {
-    let request = csi::DeleteSnapshotRequest { snapshot_id: id.into(), ..Default::default() };
-    driver.controller().await.delete_snapshot(request).await.unwrap();
-}
-
-async fn expand(driver: &Driver, id: &str, size: i64) -> csi::ControllerExpandVolumeResponse {
-    let range = csi::CapacityRange { required_bytes: size, limit_bytes: 0 };
-    let request =
-        csi::ControllerExpandVolumeRequest { volume_id: id.into(), capacity_range: Some(range), ..Default::default() };
-    driver.controller().await.controller_expand_volume(request).await.unwrap().into_inner()
+async fn expand(driver: &Driver, calls: &Calls, size: i64) -> csi::ControllerExpandVolumeResponse {
+    driver.controller().await.controller_expand_volume(calls.expand(size)).await.unwrap().into_inner()
 }
 
 async fn node_expand(driver: &Driver, calls: &Calls, size: i64) -> i64 {
-    let request = csi::NodeExpandVolumeRequest {
-        volume_id: calls.id.clone(),
-        volume_path: calls.target.clone(),
-        staging_target_path: calls.staging.clone(),
-        capacity_range: Some(csi::CapacityRange { required_bytes: size, limit_bytes: 0 }),
-        ..Default::default()
-    };
-    driver.node().await.node_expand_volume(request).await.unwrap().into_inner().capacity_bytes
+    driver.node().await.node_expand_volume(calls.node_expand(size)).await.unwrap().into_inner().capacity_bytes
 }
 
 fn write(path: &str, text: &str) {
@@ -109,23 +49,22 @@ async fn what_was_written_is_in_the_snapshot_and_nothing_after() {
         for fs_type in ["ext4", "xfs", "btrfs"] {
             eprintln!("{fs_type} in a pool on {pool}");
             let capability = mount(fs_type);
-            let id = made(&driver, "pvc-1", 300 * MIB, &capability, None).await;
-            let first = calls(&driver, &id, &capability);
+            let first = made(&driver, "pvc-1", 300 * MIB, &capability, &[]).await;
             bring(&driver, &first).await;
             let file = format!("{}/data", first.target);
             // Not synced: to hold the filesystem still brings it to the disk.
             write(&file, "before");
-            let taken = take(&driver, "snap-1", &id).await;
-            assert!(taken.ready_to_use && taken.size_bytes == 300 * MIB && taken.source_volume_id == id);
-            assert_eq!(take(&driver, "snap-1", &id).await, taken, "the same call finds the same snapshot");
+            let taken = take(&driver, "snap-1", &first).await;
+            assert!(taken.ready_to_use && taken.size_bytes == 300 * MIB && taken.source_volume_id == first.id);
+            assert_eq!(take(&driver, "snap-1", &first).await, taken, "the same call finds the same snapshot");
             write(&file, "after");
             // A clone is of now, while the volume is in use.
-            let clone = made(&driver, "clone", 300 * MIB, &capability, volume(&id)).await;
+            let clone = try_made(&driver, "clone", 300 * MIB, &capability, &[], volume(&first.id)).await.unwrap();
             write(&file, "later");
 
-            let restored = made(&driver, "restored", 400 * MIB, &capability, snapshot(&taken.snapshot_id)).await;
+            let from = snapshot(&taken.snapshot_id);
+            let restored = try_made(&driver, "restored", 400 * MIB, &capability, &[], from).await.unwrap();
             drop_snapshot(&driver, &taken.snapshot_id).await;
-            let (clone, restored) = (calls(&driver, &clone, &capability), calls(&driver, &restored, &capability));
             for (calls, want) in [(&clone, "after"), (&restored, "before"), (&first, "later")] {
                 if calls.id != first.id {
                     bring(&driver, calls).await;
@@ -151,36 +90,29 @@ async fn what_was_written_is_in_the_snapshot_and_nothing_after() {
 async fn block_devices_are_snapshotted_in_use_where_blocks_are_shared() {
     for (pool, mut driver) in pools() {
         driver.start();
-        let id = made(&driver, "pvc-1", 16 * MIB, &block(), None).await;
-        let first = calls(&driver, &id, &block());
+        let first = made(&driver, "pvc-1", 16 * MIB, &block(), &[]).await;
         bring(&driver, &first).await;
         let device = fs::OpenOptions::new().write(true).open(&first.target).unwrap();
         device.write_all_at(&[1; 8192], 4096).unwrap();
         drop(device);
-        let request =
-            csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: id.clone(), ..Default::default() };
-        let in_use = driver.controller().await.create_snapshot(request).await;
+        let in_use = try_take(&driver, "s", &first).await;
         if pool == "the host's" {
             assert_eq!(in_use.unwrap_err().code(), Code::FailedPrecondition, "a copy would be of many moments");
             take_away(&driver, &first).await;
-            take(&driver, "s", &id).await;
+            take(&driver, "s", &first).await;
             bring(&driver, &first).await;
         }
-        let taken = take(&driver, "s", &id).await;
+        let taken = take(&driver, "s", &first).await;
         let device = fs::OpenOptions::new().write(true).open(&first.target).unwrap();
         device.write_all_at(&[2; 8192], 4096).unwrap();
         drop(device);
-        let restored = made(&driver, "restored", 0, &block(), snapshot(&taken.snapshot_id)).await;
-        let restored = calls(&driver, &restored, &block());
+        let from = snapshot(&taken.snapshot_id);
+        let restored = try_made(&driver, "restored", 0, &block(), &[], from.clone()).await.unwrap();
         bring(&driver, &restored).await;
         let found = fs::read(&restored.target).unwrap();
         assert!(found.len() == 16 << 20 && found[..4096] == [0; 4096] && found[4096..12288] == [1; 8192], "{pool}");
         // It cannot become a filesystem on the way.
-        let as_mount = csi::CreateVolumeRequest {
-            volume_content_source: Some(csi::VolumeContentSource { r#type: snapshot(&taken.snapshot_id) }),
-            ..create("other", 0, &mount("ext4"), &[])
-        };
-        let refused = driver.controller().await.create_volume(as_mount).await.unwrap_err();
+        let refused = try_made(&driver, "other", 0, &mount("ext4"), &[], from).await.unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument);
         drop_snapshot(&driver, &taken.snapshot_id).await;
         end(&driver, &restored).await;
@@ -196,8 +128,7 @@ async fn volumes_grow_in_use_and_at_rest() {
     driver.start();
     for fs_type in ["ext4", "xfs", "btrfs"] {
         let capability = mount(fs_type);
-        let id = made(&driver, "pvc-1", 300 * MIB, &capability, None).await;
-        let calls = calls(&driver, &id, &capability);
+        let calls = made(&driver, "pvc-1", 300 * MIB, &capability, &[]).await;
         bring(&driver, &calls).await;
         let file = format!("{}/data", calls.target);
         write(&file, "kept");
@@ -205,7 +136,7 @@ async fn volumes_grow_in_use_and_at_rest() {
         let before = total(&calls.target);
         if fs_type == "ext4" && !keelway_csi::sys::grow::allowed(FsType::Ext4) {
             eprintln!("skipped: ext4 in use grows only with CAP_SYS_RESOURCE, which this machine keeps back");
-            let answer = expand(&driver, &id, 600 * MIB).await;
+            let answer = expand(&driver, &calls, 600 * MIB).await;
             assert!(answer.capacity_bytes == 600 * MIB && answer.node_expansion_required, "{answer:?}");
             drop(held);
             take_away(&driver, &calls).await;
@@ -215,36 +146,30 @@ async fn volumes_grow_in_use_and_at_rest() {
             end(&driver, &calls).await;
             continue;
         }
-        let answer = expand(&driver, &id, 600 * MIB).await;
+        let answer = expand(&driver, &calls, 600 * MIB).await;
         assert!(answer.capacity_bytes == 600 * MIB && answer.node_expansion_required, "{answer:?}");
         // A driver that is killed in between goes on with it.
         driver.kill();
         driver.start();
         assert_eq!(node_expand(&driver, &calls, 600 * MIB).await, 600 * MIB);
         assert!(total(&calls.target) > before + 250 * MIB as u64, "{fs_type} in use");
-        assert_eq!(expand(&driver, &id, 500 * MIB).await.capacity_bytes, 600 * MIB, "nothing ever shrinks");
-        assert!(!expand(&driver, &id, 600 * MIB).await.node_expansion_required);
+        assert_eq!(expand(&driver, &calls, 500 * MIB).await.capacity_bytes, 600 * MIB, "nothing ever shrinks");
+        assert!(!expand(&driver, &calls, 600 * MIB).await.node_expansion_required);
         drop(held);
         take_away(&driver, &calls).await;
         // At rest: the next staging makes the filesystem fill its device, whether it is asked to or not.
-        assert!(expand(&driver, &id, 900 * MIB).await.node_expansion_required);
+        assert!(expand(&driver, &calls, 900 * MIB).await.node_expansion_required);
         bring(&driver, &calls).await;
         assert!(total(&calls.target) > before + 550 * MIB as u64, "{fs_type} at rest");
         assert_eq!(fs::read_to_string(&file).unwrap(), "kept");
         end(&driver, &calls).await;
     }
-    let id = made(&driver, "pvc-1", 16 * MIB, &block(), None).await;
-    let calls = calls(&driver, &id, &block());
+    let calls = made(&driver, "pvc-1", 16 * MIB, &block(), &[]).await;
     bring(&driver, &calls).await;
-    assert!(expand(&driver, &id, 32 * MIB).await.node_expansion_required);
+    assert!(expand(&driver, &calls, 32 * MIB).await.node_expansion_required);
     node_expand(&driver, &calls, 32 * MIB).await;
     assert_eq!(run("blockdev", &["--getsize64", &calls.target]).trim(), (32 * MIB).to_string());
-    let huge = csi::ControllerExpandVolumeRequest {
-        volume_id: id.clone(),
-        capacity_range: Some(csi::CapacityRange { required_bytes: 1 << 50, limit_bytes: 0 }),
-        ..Default::default()
-    };
-    let refused = driver.controller().await.controller_expand_volume(huge).await.unwrap_err();
+    let refused = driver.controller().await.controller_expand_volume(calls.expand(1 << 50)).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted);
     end(&driver, &calls).await;
     driver.assert_clean();
@@ -258,8 +183,7 @@ async fn a_group_is_of_one_moment() {
     let capability = mount("ext4");
     let mut all = Vec::new();
     for name in ["pvc-1", "pvc-2", "pvc-3"] {
-        let id = made(&driver, name, 64 * MIB, &capability, None).await;
-        all.push(calls(&driver, &id, &capability));
+        all.push(made(&driver, name, 64 * MIB, &capability, &[]).await);
         bring(&driver, all.last().unwrap()).await;
     }
     // A number goes from one volume to the next, as a transaction would; a group that is of one moment never has it in
@@ -282,24 +206,16 @@ async fn a_group_is_of_one_moment() {
         })
     };
     tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-    let request = csi::CreateVolumeGroupSnapshotRequest {
-        name: "group".into(),
-        source_volume_ids: all.iter().map(|calls| calls.id.clone()).collect(),
-        ..Default::default()
-    };
-    let mut groups = driver.groups().await;
-    let group =
-        groups.create_volume_group_snapshot(request.clone()).await.unwrap().into_inner().group_snapshot.unwrap();
-    let again =
-        groups.create_volume_group_snapshot(request.clone()).await.unwrap().into_inner().group_snapshot.unwrap();
-    assert_eq!(group, again);
+    let of: Vec<_> = all.iter().collect();
+    let group = take_group(&driver, "group", &of).await;
+    assert_eq!(group, take_group(&driver, "group", &of).await);
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     assert!(writer.join().unwrap() > 2);
     let mut numbers = Vec::new();
     for member in &all {
         let taken = group.snapshots.iter().find(|snapshot| snapshot.source_volume_id == member.id).unwrap();
-        let restored = made(&driver, "restored", 0, &capability, snapshot(&taken.snapshot_id)).await;
-        let restored = calls(&driver, &restored, &capability);
+        let from = snapshot(&taken.snapshot_id);
+        let restored = try_made(&driver, "restored", 0, &capability, &[], from).await.unwrap();
         bring(&driver, &restored).await;
         let bytes = fs::read(format!("{}/n", restored.target)).unwrap();
         numbers.push(u64::from_le_bytes(bytes[..8].try_into().unwrap()));
@@ -308,13 +224,9 @@ async fn a_group_is_of_one_moment() {
     assert!(numbers[0] > 0 && numbers.is_sorted_by(|a, b| a >= b) && numbers[0] - numbers[2] <= 1, "{numbers:?}");
     let one = csi::DeleteSnapshotRequest { snapshot_id: group.snapshots[0].snapshot_id.clone(), ..Default::default() };
     assert_eq!(driver.controller().await.delete_snapshot(one).await.unwrap_err().code(), Code::InvalidArgument);
-    let delete = csi::DeleteVolumeGroupSnapshotRequest {
-        group_snapshot_id: group.group_snapshot_id.clone(),
-        snapshot_ids: group.snapshots.iter().map(|snapshot| snapshot.snapshot_id.clone()).collect(),
-        ..Default::default()
-    };
-    groups.delete_volume_group_snapshot(delete.clone()).await.unwrap();
-    groups.delete_volume_group_snapshot(delete).await.unwrap();
+    for _ in 0..2 {
+        drop_group(&driver, &group).await;
+    }
     for calls in &all {
         end(&driver, calls).await;
     }
@@ -327,8 +239,7 @@ async fn a_filesystem_does_not_stay_frozen_when_the_driver_dies() {
     let mut driver = Driver::new();
     let pid = driver.start();
     let capability = mount("ext4");
-    let id = made(&driver, "pvc-1", 512 * MIB, &capability, None).await;
-    let calls = calls(&driver, &id, &capability);
+    let calls = made(&driver, "pvc-1", 512 * MIB, &capability, &[]).await;
     bring(&driver, &calls).await;
     // Enough to copy that it can be met on the way.
     let file = fs::File::create(format!("{}/data", calls.target)).unwrap();
@@ -338,9 +249,7 @@ async fn a_filesystem_does_not_stay_frozen_when_the_driver_dies() {
     file.sync_all().unwrap();
     drop(file);
     for also_helper in [false, true] {
-        let request =
-            csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: id.clone(), ..Default::default() };
-        let mut controller = driver.controller().await;
+        let (mut controller, request) = (driver.controller().await, calls.snapshot("s"));
         let taking = tokio::spawn(async move { controller.create_snapshot(request).await });
         let pid = if also_helper { driver_pid(&driver) } else { pid };
         let helper = loop {
@@ -438,8 +347,7 @@ async fn a_group_owns_the_volume() {
     let mut driver = Driver::new();
     driver.start();
     let mut capability = mount("ext4");
-    let id = made(&driver, "pvc-1", 64 * MIB, &capability, None).await;
-    let calls = calls(&driver, &id, &capability);
+    let calls = made(&driver, "pvc-1", 64 * MIB, &capability, &[]).await;
     bring(&driver, &calls).await;
     write(&format!("{}/old", calls.target), "x");
     take_away(&driver, &calls).await;
@@ -463,20 +371,19 @@ async fn what_is_wrong_with_a_volume_is_said() {
     let mut driver = Driver::new();
     driver.start();
     let capability = mount("ext4");
-    let id = made(&driver, "pvc-1", 64 * MIB, &capability, None).await;
-    let calls = calls(&driver, &id, &capability);
+    let calls = made(&driver, "pvc-1", 64 * MIB, &capability, &[]).await;
     bring(&driver, &calls).await;
-    assert_eq!(driver.health(&id).await, []);
+    assert_eq!(driver.health(&calls.id).await, []);
     // ext4 counts an error that it is told of.
     let device = driver.loops()[0].path();
     let name = device.file_name().unwrap().to_str().unwrap();
     fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "test").unwrap();
     // It writes the count down a little later.
     let end = Instant::now() + Duration::from_secs(60);
-    while driver.health(&id).await.is_empty() && Instant::now() < end {
+    while driver.health(&calls.id).await.is_empty() && Instant::now() < end {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let found = driver.health(&id).await;
+    let found = driver.health(&calls.id).await;
     let degraded = csi::VolumeHealthErrorType::Degraded as i32;
     assert!(found.contains(&(degraded, "FilesystemErrors".into())), "{found:?}");
     take_away(&driver, &calls).await;
@@ -485,10 +392,10 @@ async fn what_is_wrong_with_a_volume_is_said() {
     let moved = image.with_extension("moved");
     fs::rename(&image, &moved).unwrap();
     let lost = csi::VolumeHealthErrorType::DataLoss as i32;
-    assert_eq!(driver.health(&id).await, [(lost, "StorageMismatch".into())]);
+    assert_eq!(driver.health(&calls.id).await, [(lost, "StorageMismatch".into())]);
     fs::rename(&moved, &image).unwrap();
-    assert_ne!(driver.health(&id).await, [(lost, "StorageMismatch".into())]);
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    assert_ne!(driver.health(&calls.id).await, [(lost, "StorageMismatch".into())]);
+    delete(&driver, &calls).await;
     driver.assert_clean();
 }
 
@@ -498,8 +405,7 @@ async fn shared_blocks_are_promised_to_each_who_has_them() {
     let mut driver = Driver::on("xfs", 2048);
     driver.start();
     let capability = mount("ext4");
-    let id = made(&driver, "pvc-1", 512 * MIB, &capability, None).await;
-    let calls = calls(&driver, &id, &capability);
+    let calls = made(&driver, "pvc-1", 512 * MIB, &capability, &[]).await;
     bring(&driver, &calls).await;
     let file = fs::File::create(format!("{}/data", calls.target)).unwrap();
     for n in 0..200 {
@@ -507,17 +413,13 @@ async fn shared_blocks_are_promised_to_each_who_has_them() {
     }
     file.sync_all().unwrap();
     drop(file);
-    async fn available(driver: &Driver) -> i64 {
-        let request = csi::GetCapacityRequest::default();
-        driver.controller().await.get_capacity(request).await.unwrap().into_inner().available_capacity
-    }
-    let before = available(&driver).await;
-    let taken = take(&driver, "s", &id).await;
-    let after = available(&driver).await;
+    let before = available(&driver, &[]).await;
+    let taken = take(&driver, "s", &calls).await;
+    let after = available(&driver, &[]).await;
     // What is shared may all be written anew by the volume, which was promised that.
     assert!(before - after > 200 * MIB, "{before} {after}");
     drop_snapshot(&driver, &taken.snapshot_id).await;
-    let last = available(&driver).await;
+    let last = available(&driver, &[]).await;
     assert!((before - last).abs() < 16 * MIB, "{before} {last}");
     end(&driver, &calls).await;
     driver.assert_clean();
@@ -530,8 +432,7 @@ async fn what_changed_between_two_snapshots_is_told() {
     for pool in ["xfs", "btrfs"] {
         let mut driver = Driver::on(pool, 2048);
         driver.start();
-        let id = made(&driver, "pvc-1", 64 * MIB, &block(), None).await;
-        let calls = calls(&driver, &id, &block());
+        let calls = made(&driver, "pvc-1", 64 * MIB, &block(), &[]).await;
         bring(&driver, &calls).await;
         let write = |at: u64, length: usize, byte: u8| {
             let device = fs::OpenOptions::new().write(true).open(&calls.target).unwrap();
@@ -540,10 +441,10 @@ async fn what_changed_between_two_snapshots_is_told() {
         };
         write(0, 4 << 20, 1);
         write(32 << 20, 1 << 20, 2);
-        let base = take(&driver, "base", &id).await.snapshot_id;
+        let base = take(&driver, "base", &calls).await.snapshot_id;
         write(1 << 20, 64 << 10, 3);
         write(48 << 20, 128 << 10, 4);
-        let target = take(&driver, "target", &id).await.snapshot_id;
+        let target = take(&driver, "target", &calls).await.snapshot_id;
 
         let mut metadata = SnapshotMetadataClient::new(driver.channel().await);
         let asked = |start: i64| csi::GetMetadataDeltaRequest {

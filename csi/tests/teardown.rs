@@ -7,24 +7,12 @@ mod common;
 
 use std::fs;
 
-use common::{Calls, Driver, MIB, block, create, mount};
-use keelway_csi::csi::{self, VolumeCapability};
+use common::{Calls, Driver, MIB, block, bring, create, delete, made, mount};
+use keelway_csi::csi;
 use tonic::Code;
 
-async fn made(driver: &Driver, name: &str, kind: &VolumeCapability, class: &[(&str, &str)]) -> Calls {
-    let request = create(name, 16 * MIB, kind, class);
-    let id = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap().volume_id;
-    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
-    Calls { staging, target, ..Calls::new(driver, &id, kind.clone()) }
-}
-
-async fn bring(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    node.node_stage_volume(calls.stage()).await.unwrap();
-    node.node_publish_volume(calls.publish()).await.unwrap();
-}
-
-async fn take_away(driver: &Driver, calls: &Calls) {
+/// Each call twice, the second of which finds nothing more to do.
+async fn take_away_twice(driver: &Driver, calls: &Calls) {
     let mut node = driver.node().await;
     for _ in 0..2 {
         node.node_unpublish_volume(calls.unpublish()).await.unwrap();
@@ -41,7 +29,7 @@ async fn a_damaged_volume_can_be_taken_down() {
     driver.start();
     for (n, kind) in [mount("ext4"), block()].into_iter().enumerate() {
         for how in ["removed", "replaced", "truncated"] {
-            let calls = made(&driver, &format!("{how}-{n}"), &kind, &[]).await;
+            let calls = made(&driver, &format!("{how}-{n}"), 16 * MIB, &kind, &[]).await;
             bring(&driver, &calls).await;
             let image = driver.images().into_iter().find(|path| path.to_string_lossy().contains(&calls.id)).unwrap();
             let device = common::loop_of(&image).unwrap().path();
@@ -55,7 +43,7 @@ async fn a_damaged_volume_can_be_taken_down() {
             }
             let refused = driver.node().await.node_stage_volume(calls.stage()).await.unwrap_err();
             assert_eq!(refused.code(), Code::DataLoss, "{how}: {refused}");
-            take_away(&driver, &calls).await;
+            take_away_twice(&driver, &calls).await;
             assert_eq!(driver.mounts(), Vec::<std::path::PathBuf>::new(), "{how}");
             let file = format!("/sys/block/{}/loop/backing_file", device.file_name().unwrap().to_str().unwrap());
             let file = fs::read_to_string(file).unwrap_or_default();
@@ -68,7 +56,7 @@ async fn a_damaged_volume_can_be_taken_down() {
                 );
                 fs::remove_file(&image).unwrap();
             }
-            driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+            delete(&driver, &calls).await;
         }
     }
     driver.assert_clean();
@@ -81,17 +69,17 @@ async fn a_directory_that_is_gone_can_be_taken_from_its_pod() {
     driver.start();
     let class = [("backend", "directory"), ("capacity", "unenforced")];
     for how in ["removed", "replaced"] {
-        let calls = made(&driver, how, &mount(""), &class).await;
+        let calls = made(&driver, how, 16 * MIB, &mount(""), &class).await;
         bring(&driver, &calls).await;
         let directory = driver.path(&format!("pool/{}.dir", calls.id));
         fs::remove_dir(&directory).unwrap();
         if how == "replaced" {
             fs::create_dir(&directory).unwrap();
         }
-        take_away(&driver, &calls).await;
+        take_away_twice(&driver, &calls).await;
         assert_eq!(driver.mounts(), Vec::<std::path::PathBuf>::new(), "{how}");
         let _ = fs::remove_dir(&directory);
-        driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+        delete(&driver, &calls).await;
     }
     driver.assert_clean();
 }
@@ -101,7 +89,7 @@ async fn a_directory_that_is_gone_can_be_taken_from_its_pod() {
 async fn two_staging_paths_do_not_lock_each_other() {
     let mut driver = Driver::new();
     driver.start();
-    let calls = made(&driver, "first", &mount("ext4"), &[]).await;
+    let calls = made(&driver, "first", 16 * MIB, &mount("ext4"), &[]).await;
     bring(&driver, &calls).await;
     let other = Calls { staging: driver.kubelet("staging/other"), ..calls.clone() };
     let mut node = driver.node().await;
@@ -111,11 +99,11 @@ async fn two_staging_paths_do_not_lock_each_other() {
     node.node_unstage_volume(other.unstage()).await.unwrap();
     assert_eq!(driver.mounts().len(), 2);
     assert_eq!(node.node_unstage_volume(calls.unstage()).await.unwrap_err().code(), Code::FailedPrecondition);
-    take_away(&driver, &calls).await;
+    take_away_twice(&driver, &calls).await;
     // Then it may be staged where it was not.
     node.node_stage_volume(other.stage()).await.unwrap();
     node.node_unstage_volume(other.unstage()).await.unwrap();
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    delete(&driver, &calls).await;
     driver.assert_clean();
 }
 

@@ -8,38 +8,21 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
 
-use common::{Calls, Driver, MIB, block, create, mount};
-use keelway_csi::csi::volume_content_source::{SnapshotSource, Type, VolumeSource};
-use keelway_csi::csi::{self};
+use common::{
+    Calls, Driver, MIB, block, bring, create, delete, drop_snapshot, made, mount, snapshot, take, try_made, try_take,
+    volume,
+};
+use keelway_csi::csi;
 use tonic::Code;
 
 const BTRFS: &[(&str, &str)] = &[("backend", "btrfs"), ("capacity", "quota")];
 const DIRECTORY: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "unenforced")];
 
-async fn made(driver: &Driver, name: &str, size: i64, class: &[(&str, &str)], from: Option<Type>) -> Calls {
-    let request = csi::CreateVolumeRequest {
-        volume_content_source: from.map(|kind| csi::VolumeContentSource { r#type: Some(kind) }),
-        ..create(name, size, &mount(""), class)
-    };
-    let id = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap().volume_id;
-    let (staging, target) = (driver.kubelet(&format!("staging/{name}")), driver.kubelet(&format!("pods/{name}")));
-    Calls { staging, target, ..Calls::new(driver, &id, mount("")) }
-}
-
-async fn bring(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    node.node_stage_volume(calls.stage()).await.unwrap();
-    node.node_publish_volume(calls.publish()).await.unwrap();
-}
-
+/// In use it stays; then it ends.
 async fn end(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    // In use it stays.
     let refused = driver.controller().await.delete_volume(calls.delete()).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
-    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-    node.node_unstage_volume(calls.unstage()).await.unwrap();
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
+    common::end(driver, calls).await;
 }
 
 /// How many bytes can be written before the volume is full.
@@ -57,12 +40,7 @@ fn fill(directory: &str, most: usize) -> usize {
 }
 
 async fn used(driver: &Driver, calls: &Calls) -> csi::VolumeUsage {
-    let request = csi::NodeGetVolumeStatsRequest {
-        volume_id: calls.id.clone(),
-        volume_path: calls.target.clone(),
-        ..Default::default()
-    };
-    driver.node().await.node_get_volume_stats(request).await.unwrap().into_inner().usage[0]
+    driver.node().await.node_get_volume_stats(calls.stats()).await.unwrap().into_inner().usage[0]
 }
 
 #[tokio::test]
@@ -70,22 +48,17 @@ async fn used(driver: &Driver, calls: &Calls) -> csi::VolumeUsage {
 async fn subvolumes_hold_their_data_and_their_limit() {
     let mut driver = Driver::on("btrfs", 2048).with(&["--backends=btrfs"]);
     driver.start();
-    let first = made(&driver, "first", 64 * MIB, BTRFS, None).await;
+    let first = made(&driver, "first", 64 * MIB, &mount(""), BTRFS).await;
     bring(&driver, &first).await;
     let options = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let line = options.lines().find(|line| line.contains(&first.target)).unwrap();
     assert!(line.contains("nosuid") && line.contains("nodev") && line.contains("btrfs"), "{line}");
     let data = format!("{}/data", first.target);
     fs::write(&data, "before").unwrap();
-    let request =
-        csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: first.id.clone(), ..Default::default() };
-    let mut controller = driver.controller().await;
-    let taken = controller.create_snapshot(request).await.unwrap().into_inner().snapshot.unwrap().snapshot_id;
+    let taken = take(&driver, "s", &first).await.snapshot_id;
     fs::write(&data, "after").unwrap();
-    let clone = Type::Volume(VolumeSource { volume_id: first.id.clone() });
-    let clone = made(&driver, "clone", 64 * MIB, BTRFS, Some(clone)).await;
-    let restored = Type::Snapshot(SnapshotSource { snapshot_id: taken.clone() });
-    let restored = made(&driver, "restored", 0, BTRFS, Some(restored)).await;
+    let clone = try_made(&driver, "clone", 64 * MIB, &mount(""), BTRFS, volume(&first.id)).await.unwrap();
+    let restored = try_made(&driver, "restored", 0, &mount(""), BTRFS, snapshot(&taken)).await.unwrap();
     for (calls, want) in [(&clone, "after"), (&restored, "before")] {
         bring(&driver, calls).await;
         assert_eq!(fs::read_to_string(format!("{}/data", calls.target)).unwrap(), want);
@@ -98,13 +71,8 @@ async fn subvolumes_hold_their_data_and_their_limit() {
     assert!((48 << 20..65 << 20).contains(&written), "{written} bytes fit into 64 MiB");
     let usage = used(&driver, &first).await;
     assert!(usage.total == 64 * MIB && usage.used > 48 * MIB && usage.used <= 64 * MIB, "{usage:?}");
-    let range = csi::CapacityRange { required_bytes: 128 * MIB, limit_bytes: 0 };
-    let expand = csi::ControllerExpandVolumeRequest {
-        volume_id: first.id.clone(),
-        capacity_range: Some(range),
-        ..Default::default()
-    };
-    let answer = controller.controller_expand_volume(expand).await.unwrap().into_inner();
+    let grown = driver.controller().await.controller_expand_volume(first.expand(128 * MIB)).await;
+    let answer = grown.unwrap().into_inner();
     assert!(answer.capacity_bytes == 128 * MIB && !answer.node_expansion_required);
     let written = fill(&first.target, 256 << 20);
     assert!((112 << 20..129 << 20).contains(&written), "{written} bytes fit into 128 MiB");
@@ -115,8 +83,7 @@ async fn subvolumes_hold_their_data_and_their_limit() {
         bring(&driver, calls).await;
         end(&driver, calls).await;
     }
-    let drop = csi::DeleteSnapshotRequest { snapshot_id: taken, ..Default::default() };
-    driver.controller().await.delete_snapshot(drop).await.unwrap();
+    drop_snapshot(&driver, &taken).await;
     let refused = driver.controller().await.create_volume(create("b", MIB, &block(), BTRFS)).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument);
     driver.assert_clean();
@@ -134,7 +101,7 @@ async fn directories_are_had_by_who_asks_for_their_weakness() {
     let refused = driver.controller().await.create_volume(other).await.unwrap_err();
     assert!(refused.code() == Code::InvalidArgument && refused.message().contains("image, directory"), "{refused}");
 
-    let first = made(&driver, "first", 16 * MIB, DIRECTORY, None).await;
+    let first = made(&driver, "first", 16 * MIB, &mount(""), DIRECTORY).await;
     bring(&driver, &first).await;
     fs::create_dir(format!("{}/deep", first.target)).unwrap();
     fs::write(format!("{}/deep/data", first.target), "kept").unwrap();
@@ -142,9 +109,7 @@ async fn directories_are_had_by_who_asks_for_their_weakness() {
     driver.start();
     bring(&driver, &first).await;
     assert_eq!(fs::read_to_string(format!("{}/deep/data", first.target)).unwrap(), "kept");
-    let snapshot =
-        csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: first.id.clone(), ..Default::default() };
-    let refused = driver.controller().await.create_snapshot(snapshot).await.unwrap_err();
+    let refused = try_take(&driver, "s", &first).await.unwrap_err();
     assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("directory"), "{refused}");
 
     // What a pod leaves behind leads the removal nowhere else (csi-driver-nfs CVE-2026-3864, local-path CVE-2025-62878).
@@ -187,16 +152,11 @@ async fn subvolumes_that_a_pod_makes_are_told_of_and_go_with_its_volume() {
     let all = create("a", 16 * MIB, &mount(""), &[("backend", "btrfs"), ("capacity", "enforced")]);
     let refused = driver.controller().await.create_volume(all).await.unwrap_err();
     assert!(refused.code() == Code::InvalidArgument && refused.message().contains("quota"), "{refused}");
-    let plain = made(&driver, "plain", 16 * MIB, &[("backend", "btrfs")], None).await;
-    driver.controller().await.delete_volume(plain.delete()).await.unwrap();
+    let plain = made(&driver, "plain", 16 * MIB, &mount(""), &[("backend", "btrfs")]).await;
+    delete(&driver, &plain).await;
 
-    let first = made(&driver, "first", 16 * MIB, BTRFS, None).await;
+    let first = made(&driver, "first", 16 * MIB, &mount(""), BTRFS).await;
     bring(&driver, &first).await;
-    let snapshot = |name: &str| csi::CreateSnapshotRequest {
-        name: name.into(),
-        source_volume_id: first.id.clone(),
-        ..Default::default()
-    };
     std::os::unix::fs::chown(&first.target, Some(65534), Some(65534)).unwrap();
     // In a directory whose path is longer than any name for it may be, and one in another that refuses writes.
     let deep = r#"for (1 .. 20) { mkdir "d" x 250; chdir "d" x 250 or die } exec qw(btrfs subvolume create far)"#;
@@ -206,15 +166,10 @@ async fn subvolumes_that_a_pod_makes_are_told_of_and_go_with_its_volume() {
         first.target
     );
     assert!(as_a_pod("sh", &["-c", &script]));
-    let mut controller = driver.controller().await;
-    let refused = controller.create_snapshot(snapshot("s")).await.unwrap_err();
+    let refused = try_take(&driver, "s", &first).await.unwrap_err();
     assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("subvolumes"), "{refused}");
-    let clone = Some(Type::Volume(VolumeSource { volume_id: first.id.clone() }));
-    let request = csi::CreateVolumeRequest {
-        volume_content_source: clone.map(|kind| csi::VolumeContentSource { r#type: Some(kind) }),
-        ..create("clone", 16 * MIB, &mount(""), BTRFS)
-    };
-    assert_eq!(controller.create_volume(request).await.unwrap_err().code(), Code::FailedPrecondition);
+    let refused = try_made(&driver, "clone", 16 * MIB, &mount(""), BTRFS, volume(&first.id)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
     end(&driver, &first).await;
     let left = common::run("btrfs", &["subvolume", "list", driver.path("pool").to_str().unwrap()]);
     assert_eq!(left, "", "subvolumes are left");
@@ -226,7 +181,7 @@ async fn subvolumes_that_a_pod_makes_are_told_of_and_go_with_its_volume() {
 async fn no_tree_is_too_deep_to_be_removed() {
     let mut driver = Driver::on("xfs", 512).with(&["--backends=directory"]);
     driver.start();
-    let first = made(&driver, "first", 16 * MIB, DIRECTORY, None).await;
+    let first = made(&driver, "first", 16 * MIB, &mount(""), DIRECTORY).await;
     bring(&driver, &first).await;
     let flags = rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
     let mut at = rustix::fs::open(&first.target, flags, rustix::fs::Mode::empty()).unwrap();
@@ -244,8 +199,8 @@ async fn held_by_its_quota(mut driver: Driver) {
     const QUOTA: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "quota")];
     driver = driver.with(&["--backends=directory"]);
     driver.start();
-    let (first, second) =
-        (made(&driver, "first", 16 * MIB, QUOTA, None).await, made(&driver, "second", 64 * MIB, QUOTA, None).await);
+    let first = made(&driver, "first", 16 * MIB, &mount(""), QUOTA).await;
+    let second = made(&driver, "second", 64 * MIB, &mount(""), QUOTA).await;
     for (calls, size) in [(&first, 16), (&second, 64)] {
         bring(&driver, calls).await;
         let stat = rustix::fs::statvfs(calls.target.as_str()).unwrap();
@@ -268,13 +223,7 @@ async fn held_by_its_quota(mut driver: Driver) {
     for entry in fs::read_dir(&first.target).unwrap() {
         fs::remove_file(entry.unwrap().path()).unwrap();
     }
-    let range = csi::CapacityRange { required_bytes: 32 * MIB, limit_bytes: 0 };
-    let expand = csi::ControllerExpandVolumeRequest {
-        volume_id: first.id.clone(),
-        capacity_range: Some(range),
-        ..Default::default()
-    };
-    driver.controller().await.controller_expand_volume(expand).await.unwrap();
+    driver.controller().await.controller_expand_volume(first.expand(32 * MIB)).await.unwrap();
     let written = written_by_a_pod(&first.target, 64);
     assert!((30..=32).contains(&written), "{written} MiB of 32");
     // What is made below the volume is in its project, and its limit goes with it.

@@ -8,35 +8,20 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, block, create, mount, run};
+use common::{
+    Calls, Driver, MIB, as_mode, available, block, bring, create, delete, drop_snapshot, end, made, mount, run, take,
+    take_away,
+};
 use keelway_csi::csi::volume_capability::AccessType;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
 use keelway_csi::csi::{self, VolumeCapability};
 use tonic::Code;
 
-async fn volume(driver: &Driver, name: &str, size: i64, capability: &VolumeCapability) -> csi::Volume {
-    let request = create(name, size, capability, &[]);
-    driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap()
-}
-
-/// Creates, stages and publishes.
-async fn publish(driver: &Driver, name: &str, size: i64, capability: VolumeCapability) -> Calls {
-    let id = volume(driver, name, size, &capability).await.volume_id;
-    let calls = Calls::new(driver, &id, capability);
-    let mut node = driver.node().await;
-    node.node_stage_volume(calls.stage()).await.unwrap();
-    node.node_publish_volume(calls.publish()).await.unwrap();
+/// Makes it, stages it and publishes it.
+async fn brought(driver: &Driver, name: &str, size: i64, kind: &VolumeCapability) -> Calls {
+    let calls = made(driver, name, size, kind, &[]).await;
+    bring(driver, &calls).await;
     calls
-}
-
-async fn withdraw(driver: &Driver, calls: &Calls) {
-    let mut node = driver.node().await;
-    node.node_unpublish_volume(calls.unpublish()).await.unwrap();
-    node.node_unstage_volume(calls.unstage()).await.unwrap();
-}
-
-async fn delete(driver: &Driver, calls: &Calls) {
-    driver.controller().await.delete_volume(calls.delete()).await.unwrap();
 }
 
 fn code<T: std::fmt::Debug>(result: Result<T, tonic::Status>) -> (Code, String) {
@@ -50,7 +35,7 @@ async fn data_outlives_pods_and_drivers() {
     for fs in ["ext4", "xfs"] {
         let mut driver = Driver::new();
         driver.start();
-        let calls = publish(&driver, "pvc-1", 300 * MIB, mount(fs)).await;
+        let calls = brought(&driver, "pvc-1", 300 * MIB, &mount(fs)).await;
         let file = std::path::Path::new(&calls.target).join("data");
         fs::write(&file, "precious").unwrap();
         assert_eq!(fs::metadata(&calls.target).unwrap().permissions().mode() & 0o777, 0o755);
@@ -69,7 +54,7 @@ async fn data_outlives_pods_and_drivers() {
         assert_eq!(driver.mounts().len(), 2);
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
 
-        withdraw(&driver, &calls).await;
+        take_away(&driver, &calls).await;
         assert!(driver.loops().is_empty() && !std::path::Path::new(&calls.target).exists());
         node.node_stage_volume(calls.stage()).await.unwrap();
         node.node_publish_volume(csi::NodePublishVolumeRequest { readonly: true, ..calls.publish() }).await.unwrap();
@@ -82,7 +67,7 @@ async fn data_outlives_pods_and_drivers() {
         let removed = driver.controller().await.delete_volume(calls.delete()).await;
         assert_eq!(code(removed).0, Code::FailedPrecondition);
         assert_eq!(code(node.node_unstage_volume(calls.unstage()).await).0, Code::FailedPrecondition);
-        withdraw(&driver, &calls).await;
+        take_away(&driver, &calls).await;
         delete(&driver, &calls).await;
         delete(&driver, &calls).await;
         assert_eq!(driver.stop_with_connections().await, Some(0));
@@ -96,13 +81,13 @@ async fn data_outlives_pods_and_drivers() {
 async fn a_block_device_holds_its_data() {
     let mut driver = Driver::new();
     driver.start();
-    let calls = publish(&driver, "pvc-1", 16 * MIB, block()).await;
+    let calls = brought(&driver, "pvc-1", 16 * MIB, &block()).await;
     assert!(fs::metadata(&calls.target).unwrap().file_type().is_block_device());
     fs::write(&calls.target, vec![7; 4096]).unwrap();
     let device = fs::OpenOptions::new().write(true).open(&calls.target).unwrap();
     device.sync_all().unwrap();
     drop(device);
-    withdraw(&driver, &calls).await;
+    take_away(&driver, &calls).await;
     assert!(driver.loops().is_empty());
     let image = &driver.images()[0];
     assert_eq!(fs::read(image).unwrap()[..4096], [7; 4096]);
@@ -118,7 +103,7 @@ async fn a_block_device_holds_its_data() {
     let as_mount = Calls { capability: mount(""), ..calls.clone() };
     assert_eq!(code(node.node_stage_volume(as_mount.stage()).await).0, Code::FailedPrecondition);
     let device = driver.loops().remove(0).path();
-    withdraw(&driver, &calls).await;
+    take_away(&driver, &calls).await;
     let read_only = std::process::Command::new("blockdev").arg("--getro").arg(device).output().unwrap().stdout;
     assert_eq!(read_only, b"0\n", "the next file bound to this device would be read-only");
     // The refused one left its target behind, as the kubelet expects to clean it up.
@@ -161,8 +146,7 @@ async fn bad_input_is_named_and_changes_nothing() {
     let outside = driver.path("outside");
     fs::create_dir_all(outside.join("target")).unwrap();
     symlink(&outside, driver.kubelet("pods/link")).unwrap();
-    let id = volume(&driver, "b", 16 * MIB, &mount("")).await.volume_id;
-    let good = Calls::new(&driver, &id, mount(""));
+    let good = made(&driver, "b", 16 * MIB, &mount(""), &[]).await;
     node.node_stage_volume(good.stage()).await.unwrap();
     let at = |target: String| Calls { target, ..good.clone() };
     let dots = at(driver.kubelet("pods/../../outside/target"));
@@ -181,14 +165,14 @@ async fn bad_input_is_named_and_changes_nothing() {
     assert!(outside.join("target").exists() && driver.mounts().len() == 1);
 
     // What is mounted at a target is only taken off when it is this volume's.
-    let other = volume(&driver, "c", 16 * MIB, &mount("")).await.volume_id;
+    let other = made(&driver, "c", 16 * MIB, &mount(""), &[]).await.id;
     node.node_publish_volume(good.publish()).await.unwrap();
-    let wrong = Calls { id: other.clone(), ..good.clone() };
+    let wrong = Calls { id: other, ..good.clone() };
     assert_eq!(code(node.node_unpublish_volume(wrong.unpublish()).await).0, Code::FailedPrecondition);
     assert_eq!(code(node.node_publish_volume(wrong.publish()).await).0, Code::FailedPrecondition);
     assert_eq!(driver.mounts().len(), 2);
 
-    withdraw(&driver, &good).await;
+    take_away(&driver, &good).await;
     fs::remove_file(driver.kubelet("pods/link")).unwrap();
     delete(&driver, &good).await;
     delete(&driver, &wrong).await;
@@ -200,8 +184,7 @@ async fn bad_input_is_named_and_changes_nothing() {
 async fn another_file_under_the_images_name_is_never_touched() {
     let mut driver = Driver::new();
     driver.start();
-    let id = volume(&driver, "a", 16 * MIB, &mount("")).await.volume_id;
-    let calls = Calls::new(&driver, &id, mount(""));
+    let calls = made(&driver, "a", 16 * MIB, &mount(""), &[]).await;
     let image = driver.images().remove(0);
     let inode = fs::metadata(&image).unwrap().ino();
     let away = driver.path("away");
@@ -263,11 +246,7 @@ async fn one_operation_a_volume_and_no_byte_promised_twice() {
     delete(&driver, &calls).await;
 
     // Volumes that together are larger than the pool: sparse, so that only our own books can tell.
-    let capacity = || async {
-        driver.controller().await.get_capacity(csi::GetCapacityRequest::default()).await.unwrap().into_inner()
-    };
-    let before = capacity().await.available_capacity;
-    let size = before / 4;
+    let size = available(&driver, &[]).await / 4;
     for number in 0..8 {
         let mut controller = driver.controller().await;
         let request = create(&format!("big-{number}"), size, &block(), &[("allocation", "sparse")]);
@@ -281,7 +260,7 @@ async fn one_operation_a_volume_and_no_byte_promised_twice() {
         }
     }
     assert!((3..=4).contains(&made.len()), "{} volumes of a quarter each", made.len());
-    assert!(capacity().await.available_capacity < 2 * size);
+    assert!(available(&driver, &[]).await < 2 * size);
     for id in made {
         delete(&driver, &Calls::new(&driver, &id, block())).await;
     }
@@ -293,24 +272,19 @@ async fn one_operation_a_volume_and_no_byte_promised_twice() {
 async fn a_single_writer_is_alone_and_a_reader_reads() {
     let mut driver = Driver::new();
     driver.start();
-    let with = |mode: Mode| {
-        let mut capability = mount("xfs");
-        capability.access_mode.as_mut().unwrap().mode = mode as i32;
-        capability
-    };
-    let single = publish(&driver, "a", 300 * MIB, with(Mode::SingleNodeSingleWriter)).await;
+    let with = |mode: Mode| as_mode(mode, &mount("xfs"));
+    let single = brought(&driver, "a", 300 * MIB, &with(Mode::SingleNodeSingleWriter)).await;
     let second = Calls { target: driver.kubelet("pods/second"), ..single.clone() };
     let mut node = driver.node().await;
     assert_eq!(code(node.node_publish_volume(second.publish()).await).0, Code::FailedPrecondition);
-    withdraw(&driver, &single).await;
+    take_away(&driver, &single).await;
 
     let reader = Calls { capability: with(Mode::SingleNodeReaderOnly), ..single.clone() };
     node.node_stage_volume(reader.stage()).await.unwrap();
     node.node_publish_volume(reader.publish()).await.unwrap();
     let refused = fs::write(format!("{}/x", reader.target), "x").unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
-    withdraw(&driver, &reader).await;
-    delete(&driver, &reader).await;
+    end(&driver, &reader).await;
     driver.assert_clean();
 }
 
@@ -335,22 +309,17 @@ async fn a_second_driver_keeps_its_hands_off() {
 async fn who_may_run_out_of_room_is_told() {
     let mut driver = Driver::on("xfs", 1024);
     driver.start();
-    let (mut controller, capability) = (driver.controller().await, mount("ext4"));
-    let mut ids = Vec::new();
+    let mut all = Vec::new();
     for (name, allocation) in [("full", "full"), ("shared", "full"), ("sparse", "sparse")] {
-        let request = create(name, 128 * MIB, &capability, &[("allocation", allocation)]);
-        ids.push(controller.create_volume(request).await.unwrap().into_inner().volume.unwrap().volume_id);
+        all.push(made(&driver, name, 128 * MIB, &mount("ext4"), &[("allocation", allocation)]).await);
     }
-    let [full, shared, sparse] = [&ids[0], &ids[1], &ids[2]];
-    let calls = Calls::new(&driver, shared, capability);
-    driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
-    driver.node().await.node_publish_volume(calls.publish()).await.unwrap();
+    let [full, shared, sparse] = [&all[0].id, &all[1].id, &all[2].id];
+    let calls = &all[1];
+    bring(&driver, calls).await;
     fs::write(format!("{}/data", calls.target), vec![7; 32 << 20]).unwrap();
-    let request =
-        csi::CreateSnapshotRequest { name: "s".into(), source_volume_id: shared.clone(), ..Default::default() };
-    let taken = controller.create_snapshot(request).await.unwrap().into_inner().snapshot.unwrap();
-    for id in &ids {
-        assert_eq!(driver.health(id).await, [], "{id}");
+    let taken = take(&driver, "s", calls).await;
+    for calls in &all {
+        assert_eq!(driver.health(&calls.id).await, [], "{}", calls.id);
     }
     // Somebody else takes nearly all of the room that there is. The driver leaves 64 MiB alone.
     let others = driver.path("pool/others");
@@ -367,14 +336,10 @@ async fn who_may_run_out_of_room_is_told() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(driver.health(sparse).await, []);
-    let request = csi::DeleteSnapshotRequest { snapshot_id: taken.snapshot_id, ..Default::default() };
-    controller.delete_snapshot(request).await.unwrap();
-    driver.node().await.node_unpublish_volume(calls.unpublish()).await.unwrap();
-    driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
-    let _ = fs::remove_dir(&calls.staging);
-    for volume_id in ids {
-        let request = csi::DeleteVolumeRequest { volume_id, ..Default::default() };
-        controller.delete_volume(request).await.unwrap();
+    drop_snapshot(&driver, &taken.snapshot_id).await;
+    take_away(&driver, calls).await;
+    for calls in &all {
+        delete(&driver, calls).await;
     }
     driver.assert_clean();
 }

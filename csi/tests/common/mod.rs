@@ -1,20 +1,24 @@
 //! A driver of one's own: started, killed and cleaned up after, whatever happens in between.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
+
+mod calls;
+mod life;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use keelway_csi::csi;
 use keelway_csi::csi::controller_client::ControllerClient;
 use keelway_csi::csi::group_controller_client::GroupControllerClient;
 use keelway_csi::csi::node_client::NodeClient;
-use keelway_csi::csi::{self, VolumeCapability, volume_capability};
 use keelway_csi::sys::loopdev::LoopDevice;
 use keelway_csi::sys::mountinfo;
 use tonic::transport::{Channel, Endpoint, Uri};
-use volume_capability::access_mode::Mode;
-use volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+
+pub use calls::*;
+pub use life::*;
 
 pub const MIB: i64 = 1 << 20;
 
@@ -396,84 +400,4 @@ pub fn list(directory: &Path) -> Vec<PathBuf> {
 pub fn loop_of(image: &Path) -> Option<LoopDevice> {
     let meta = std::fs::metadata(image).ok()?;
     LoopDevice::find(meta.dev(), meta.ino()).unwrap()
-}
-
-pub fn mount(fs: &str) -> VolumeCapability {
-    capability(AccessType::Mount(MountVolume { fs_type: fs.into(), ..Default::default() }))
-}
-
-pub fn block() -> VolumeCapability {
-    capability(AccessType::Block(BlockVolume {}))
-}
-
-fn capability(access_type: AccessType) -> VolumeCapability {
-    let access_mode = Some(AccessMode { mode: Mode::SingleNodeWriter as i32 });
-    VolumeCapability { access_type: Some(access_type), access_mode }
-}
-
-/// The same for another access mode.
-pub fn as_mode(mode: Mode, of: &VolumeCapability) -> VolumeCapability {
-    VolumeCapability { access_mode: Some(AccessMode { mode: mode as i32 }), ..of.clone() }
-}
-
-pub fn create(
-    name: &str,
-    size: i64,
-    capability: &VolumeCapability,
-    parameters: &[(&str, &str)],
-) -> csi::CreateVolumeRequest {
-    csi::CreateVolumeRequest {
-        name: name.into(),
-        capacity_range: Some(csi::CapacityRange { required_bytes: size, limit_bytes: 0 }),
-        volume_capabilities: vec![capability.clone()],
-        parameters: parameters.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect(),
-        ..Default::default()
-    }
-}
-
-/// One volume's requests, at fixed paths.
-#[derive(Clone, Debug)]
-pub struct Calls {
-    pub id: String,
-    pub staging: String,
-    pub target: String,
-    pub capability: VolumeCapability,
-}
-
-impl Calls {
-    pub fn new(driver: &Driver, id: &str, capability: VolumeCapability) -> Self {
-        let (staging, target) = (driver.kubelet("staging"), driver.kubelet("pods/target"));
-        Self { id: id.into(), staging, target, capability }
-    }
-
-    pub fn stage(&self) -> csi::NodeStageVolumeRequest {
-        csi::NodeStageVolumeRequest {
-            volume_id: self.id.clone(),
-            staging_target_path: self.staging.clone(),
-            volume_capability: Some(self.capability.clone()),
-            ..Default::default()
-        }
-    }
-
-    pub fn publish(&self) -> csi::NodePublishVolumeRequest {
-        csi::NodePublishVolumeRequest {
-            volume_id: self.id.clone(),
-            staging_target_path: self.staging.clone(),
-            target_path: self.target.clone(),
-            volume_capability: Some(self.capability.clone()),
-            ..Default::default()
-        }
-    }
-
-    pub fn unpublish(&self) -> csi::NodeUnpublishVolumeRequest {
-        csi::NodeUnpublishVolumeRequest { volume_id: self.id.clone(), target_path: self.target.clone() }
-    }
-
-    pub fn unstage(&self) -> csi::NodeUnstageVolumeRequest {
-        csi::NodeUnstageVolumeRequest { volume_id: self.id.clone(), staging_target_path: self.staging.clone() }
-    }
-
-    pub fn delete(&self) -> csi::DeleteVolumeRequest {
-        csi::DeleteVolumeRequest { volume_id: self.id.clone(), secrets: Default::default() }
-    }
 }
