@@ -8,7 +8,7 @@ use std::fs;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, as_mode, available, bring, create, delete, end, made, mount, run};
+use common::{Calls, Driver, MIB, Still, as_mode, available, bring, create, delete, end, made, mount, run};
 use keelway_csi::csi;
 use keelway_csi::csi::volume_capability::AccessType;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
@@ -74,25 +74,15 @@ async fn a_device_that_cannot_even_be_opened_is_not_free() {
 #[tokio::test]
 #[ignore = "needs root, loop devices and XFS"]
 async fn disks_that_hang_in_mkfs_keep_nobody_elses_slot() {
-    // Two disks are files of a filesystem that we can hold still: then writes to them do not come back.
-    let mut driver = Driver::new().with(&["--format-slots=2"]);
-    let (image, below) = (driver.path("below.disk"), driver.path("below"));
-    fs::create_dir(&below).unwrap();
-    fs::File::create(&image).unwrap().set_len(512 << 20).unwrap();
-    run("mkfs.xfs", &["-q", image.to_str().unwrap()]);
-    run("mount", &["-o", "loop", image.to_str().unwrap(), below.to_str().unwrap()]);
-    for n in 0..2 {
-        std::os::unix::fs::symlink(format!("below/disk{n}"), driver.path(&format!("disk{n}"))).unwrap();
-        fs::File::create(below.join(format!("disk{n}"))).unwrap();
-    }
-    driver = driver.with(&["--backends=image"]).disks(2, 64).disks(1, 128);
+    let driver = Driver::new().with(&["--format-slots=2", "--backends=image"]).disks_below(2);
+    let mut driver = driver.disks(2, 64).disks(1, 128);
     driver.start();
     let mut all = Vec::new();
     for (name, size) in [("one", 64), ("two", 64), ("works", 128)] {
         all.push(made(&driver, name, size * MIB, &mount("ext4"), RAW).await);
     }
     let image = made(&driver, "image", 32 * MIB, &mount("ext4"), &[]).await;
-    run("fsfreeze", &["--freeze", below.to_str().unwrap()]);
+    let still = Still::hold(driver.path("below").to_str().unwrap());
     let mut hanging = Vec::new();
     for calls in &all[..2] {
         let (mut node, request) = (driver.node().await, calls.stage());
@@ -119,7 +109,7 @@ async fn disks_that_hang_in_mkfs_keep_nobody_elses_slot() {
     let mut want: Vec<_> = all[..2].iter().map(|calls| (calls.id.clone(), inaccessible)).collect();
     want.sort();
     assert_eq!(found, want);
-    run("fsfreeze", &["--unfreeze", below.to_str().unwrap()]);
+    drop(still);
     for stage in hanging {
         stage.await.unwrap().unwrap();
     }
@@ -129,11 +119,6 @@ async fn disks_that_hang_in_mkfs_keep_nobody_elses_slot() {
         driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
         delete(&driver, calls).await;
     }
-    driver.kill();
-    for n in 0..2 {
-        run("losetup", &["--detach", driver.disk(n)]);
-    }
-    run("umount", &[below.to_str().unwrap()]);
     driver.assert_clean();
 }
 
@@ -157,7 +142,7 @@ async fn what_takes_long_at_one_target_holds_up_no_other() {
     let Some(AccessType::Mount(options)) = &mut capability.access_type else { unreachable!() };
     options.volume_mount_group = "4242".into();
     let second = Calls { capability, target: driver.kubelet("pods/second"), ..calls.clone() };
-    run("fsfreeze", &["--freeze", &calls.target]);
+    let still = Still::hold(&calls.target);
     let (mut node, request) = (driver.node().await, second.publish());
     let waiting = tokio::spawn(async move { node.node_publish_volume(request).await });
     let start = Instant::now();
@@ -174,7 +159,7 @@ async fn what_takes_long_at_one_target_holds_up_no_other() {
     assert_eq!(said, [(calls.id.clone(), csi::VolumeHealthErrorType::Inaccessible as i32)]);
     let answer = driver.node().await.node_get_volume_stats(calls.stats()).await.unwrap().into_inner();
     assert_eq!(answer.usage.len(), 2);
-    run("fsfreeze", &["--unfreeze", &calls.target]);
+    drop(still);
     waiting.await.unwrap().unwrap();
     assert_eq!(unhealthy(&driver).await, []);
     driver.node().await.node_unpublish_volume(second.unpublish()).await.unwrap();

@@ -7,7 +7,9 @@ mod common;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use common::{Calls, Driver, MIB, available, block, bring, create, delete, end, made, mount, run, take_away, try_made};
+use common::{
+    Calls, Driver, MIB, Still, available, block, bring, create, delete, end, made, mount, run, take_away, try_made,
+};
 use keelway_csi::csi;
 use tonic::Code;
 
@@ -108,16 +110,7 @@ async fn what_somebody_writes_to_a_claimed_disk_is_his() {
 #[tokio::test]
 #[ignore = "needs root, loop devices and XFS"]
 async fn a_disk_that_hangs_holds_up_nobody_else() {
-    // The first disk is a file of a filesystem that we can hold still: then writes to the disk do not come back.
-    let mut driver = Driver::new();
-    let (image, below) = (driver.path("below.disk"), driver.path("below"));
-    fs::create_dir(&below).unwrap();
-    fs::File::create(&image).unwrap().set_len(512 << 20).unwrap();
-    run("mkfs.xfs", &["-q", image.to_str().unwrap()]);
-    run("mount", &["-o", "loop", image.to_str().unwrap(), below.to_str().unwrap()]);
-    std::os::unix::fs::symlink("below/disk", driver.path("disk0")).unwrap();
-    fs::File::create(below.join("disk")).unwrap();
-    driver = driver.disks(1, 64).disks(1, 128);
+    let mut driver = Driver::new().disks_below(1).disks(1, 64).disks(1, 128);
     driver.start();
     let kind = mount("ext4");
     let mut all = Vec::new();
@@ -128,7 +121,7 @@ async fn a_disk_that_hangs_holds_up_nobody_else() {
         all.push(calls);
     }
     let (hangs, works) = (all[0].clone(), all[1].clone());
-    run("fsfreeze", &["--freeze", below.to_str().unwrap()]);
+    let still = Still::hold(driver.path("below").to_str().unwrap());
     let mut node = driver.node().await;
     node.node_unpublish_volume(hangs.unpublish()).await.unwrap();
     let unstage = hangs.unstage();
@@ -149,15 +142,12 @@ async fn a_disk_that_hangs_holds_up_nobody_else() {
         unhealthy = driver.health(&hangs.id).await;
     }
     assert_eq!(unhealthy[0].0, csi::VolumeHealthErrorType::Inaccessible as i32, "{unhealthy:?}");
-    run("fsfreeze", &["--unfreeze", below.to_str().unwrap()]);
+    drop(still);
     waiting.await.unwrap().unwrap();
     bring(&driver, &hangs).await;
     assert_eq!(fs::read(format!("{}/data", hangs.target)).unwrap(), vec![7; 1 << 20]);
     for calls in [&hangs, &works] {
         end(&driver, calls).await;
     }
-    driver.kill();
-    run("losetup", &["--detach", driver.disk(0)]);
-    run("umount", &[below.to_str().unwrap()]);
     driver.assert_clean();
 }

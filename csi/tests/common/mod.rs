@@ -22,6 +22,9 @@ pub use life::*;
 
 pub const MIB: i64 = 1 << 20;
 
+/// What may be a filesystem of a test's own, below its directory.
+const FILESYSTEMS: [&str; 3] = ["pool", "state", "below"];
+
 /// A driver with directories of its own below a temporary one.
 pub struct Driver {
     pub dir: tempfile::TempDir,
@@ -105,6 +108,21 @@ impl Driver {
         let (image, state) = (image.to_str().unwrap(), state.to_str().unwrap());
         run(&format!("mkfs.{fs}"), &["-q", image]);
         run("mount", &["-t", fs, "-o", "loop", image, state]);
+        self
+    }
+
+    /// With a filesystem for the files of the first disks that [`Driver::disks`] makes: while it is held still, writes to
+    /// those disks do not come back.
+    pub fn disks_below(self, count: usize) -> Self {
+        let (image, below) = (self.path("below.disk"), self.path("below"));
+        std::fs::create_dir(&below).unwrap();
+        std::fs::File::create(&image).unwrap().set_len(512 << 20).unwrap();
+        run("mkfs.xfs", &["-q", image.to_str().unwrap()]);
+        run("mount", &["-o", "loop", image.to_str().unwrap(), below.to_str().unwrap()]);
+        for disk in (0..count).map(|n| format!("disk{n}")) {
+            std::os::unix::fs::symlink(format!("below/{disk}"), self.path(&disk)).unwrap();
+            std::fs::File::create(below.join(disk)).unwrap();
+        }
         self
     }
 
@@ -321,7 +339,7 @@ impl Driver {
     pub fn mounts(&self) -> Vec<PathBuf> {
         let root = self.dir.path().canonicalize().unwrap();
         let mounts = mountinfo::read().unwrap().into_iter().map(|mount| mount.target);
-        let own = [root.join("pool"), root.join("state")];
+        let own = FILESYSTEMS.map(|name| root.join(name));
         mounts.filter(|target| target.starts_with(&root) && !own.contains(target)).collect()
     }
 
@@ -372,7 +390,7 @@ impl Drop for Driver {
         for disk in &self.disks {
             let _ = Command::new("losetup").args(["--detach", disk]).output();
         }
-        for name in ["pool", "state"] {
+        for name in FILESYSTEMS {
             if self.path(&format!("{name}.disk")).exists() {
                 let _ = rustix::mount::unmount(self.path(name), rustix::mount::UnmountFlags::DETACH);
             }
@@ -380,6 +398,24 @@ impl Drop for Driver {
         if std::thread::panicking() {
             eprintln!("--- the driver's log\n{}", self.log());
         }
+    }
+}
+
+/// A filesystem that is held still: whoever writes to it waits. It is let go also when a test fails, since a driver that
+/// waits there could not even be killed.
+pub struct Still(String);
+
+impl Still {
+    pub fn hold(path: &str) -> Self {
+        run("fsfreeze", &["--freeze", path]);
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        let done = Command::new("fsfreeze").args(["--unfreeze", &self.0]).status();
+        assert!(std::thread::panicking() || done.is_ok_and(|status| status.success()), "{} was let go", self.0);
     }
 }
 
