@@ -14,7 +14,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use common::{
-    Calls, Driver, MIB, block, bring, create, delete, delete_group, end, filled, group, made, mount, snapshot,
+    Calls, Driver, MIB, Still, block, bring, create, delete, delete_group, end, filled, group, made, mount, snapshot,
     take_away, volume,
 };
 use keelway_csi::csi::volume_content_source::Type;
@@ -72,11 +72,11 @@ fn trace(pid: u32, at: usize, seen: &AtomicUsize, watching: &Sender<()>) {
         for task in common::list(Path::new(&format!("/proc/{pid}/task"))) {
             let tid: i32 = task.file_name().unwrap().to_str().unwrap().parse().unwrap();
             // A thread made by a traced one is traced already.
-            if seized.insert(tid)
-                && ptrace::seize(Pid::from_raw(tid), Options::PTRACE_O_TRACECLONE | Options::PTRACE_O_TRACESYSGOOD)
-                    .is_ok()
-            {
-                ptrace::interrupt(Pid::from_raw(tid)).unwrap();
+            let options = Options::PTRACE_O_TRACECLONE | Options::PTRACE_O_TRACESYSGOOD;
+            if seized.insert(tid) && ptrace::seize(Pid::from_raw(tid), options).is_ok() {
+                // One that was idle for long may have ended by itself.
+                let stopped = ptrace::interrupt(Pid::from_raw(tid));
+                assert!(matches!(stopped, Ok(()) | Err(nix::Error::ESRCH)), "interrupt {tid}: {stopped:?}");
             }
         }
         if seized.len() == before {
@@ -137,6 +137,9 @@ const LIFE: [Step; 12] =
     [Create, Stage, Publish, Write, Unpublish, Unstage, Stage, Publish, Check, Unpublish, Unstage, Delete];
 
 const DATA: &[u8] = &[0x5a; 4096];
+
+/// How long something may take that must happen: far longer than it does on a machine that has much else to do.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What is lived through: steps before the tracer watches, and those that it watches.
 #[derive(Clone)]
@@ -278,6 +281,7 @@ async fn live_and_die(scenario: &Scenario, at: usize) -> usize {
                 Ok(false) if !killed => {
                     killed = true;
                     while !tracer.is_finished() {
+                        assert!(start.elapsed() < PATIENCE, "{when}: {step:?}: not answered, though not killed");
                         tokio::time::sleep(Duration::from_millis(1)).await;
                     }
                     driver.lost();
@@ -287,7 +291,7 @@ async fn live_and_die(scenario: &Scenario, at: usize) -> usize {
                 Err(status) if status.code() == Code::Aborted => tokio::time::sleep(Duration::from_millis(5)).await,
                 other => panic!("{when}: {step:?}: {other:?}\n{}", driver.log()),
             }
-            assert!(start.elapsed() < Duration::from_secs(120), "{when}: {step:?}: no end");
+            assert!(start.elapsed() < PATIENCE, "{when}: {step:?}: no end");
         }
         after(step, &driver, &world, &when);
     }
@@ -498,26 +502,38 @@ fn mkfs_on(image: &Path) -> Option<Pid> {
     found.file_name()?.to_str()?.parse().ok().map(Pid::from_raw)
 }
 
+/// What a process does: `T` when it is stopped, `D` while it waits for a disk.
+fn state_of(pid: Pid) -> char {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // PID (NAME) STATE PARENT ...
+    stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()).unwrap_or(' ')
+}
+
 #[tokio::test]
 #[ignore = "needs root and loop devices"]
 async fn a_mkfs_that_outlives_its_driver_is_waited_for() {
-    let mut driver = Driver::new();
+    let mut driver = Driver::on("ext4", 512);
     driver.start();
-    // Many inodes, so that mkfs takes long enough to be stopped in the middle.
-    let parameters = [("bytesPerInode", "1024"), ("allocation", "sparse")];
-    let calls = made(&driver, "pvc-1", 8192 * MIB, &mount("ext4"), &parameters).await;
+    let calls = made(&driver, "pvc-1", 128 * MIB, &mount("ext4"), &[("bytesPerInode", "1024")]).await;
+    // Its pool is held still, so that mkfs comes no further than to its first write before it is stopped.
+    let still = Still::hold(driver.path("pool").to_str().unwrap());
     let (mut node, stage) = (driver.node().await, calls.stage());
     let staging = tokio::spawn(async move { node.node_stage_volume(stage).await });
     let image = driver.images().remove(0).canonicalize().unwrap();
     let start = Instant::now();
     let mkfs = loop {
-        if let Some(pid) = mkfs_on(&image) {
+        if let Some(pid) = mkfs_on(&image).filter(|&pid| state_of(pid) == 'D') {
             break pid;
         }
-        assert!(start.elapsed() < Duration::from_secs(60) && !staging.is_finished(), "no mkfs was seen");
-        tokio::task::yield_now().await;
+        assert!(start.elapsed() < PATIENCE && !staging.is_finished(), "no mkfs was seen");
+        tokio::time::sleep(Duration::from_millis(1)).await;
     };
     kill(mkfs, Signal::SIGSTOP).unwrap();
+    drop(still);
+    while state_of(mkfs) != 'T' {
+        assert!(start.elapsed() < PATIENCE, "mkfs does not stop");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     driver.kill();
     assert!(staging.await.unwrap().is_err());
 
@@ -533,7 +549,7 @@ async fn a_mkfs_that_outlives_its_driver_is_waited_for() {
     kill(mkfs, Signal::SIGKILL).unwrap();
     let start = Instant::now();
     while driver.node().await.node_stage_volume(calls.stage()).await.is_err() {
-        assert!(start.elapsed() < Duration::from_secs(120), "{}", driver.log());
+        assert!(start.elapsed() < PATIENCE, "{}", driver.log());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     driver.node().await.node_publish_volume(calls.publish()).await.unwrap();
