@@ -7,6 +7,7 @@ mod life;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use keelway_csi::csi;
@@ -31,7 +32,14 @@ pub struct Driver {
     child: Option<Child>,
     args: Vec<String>,
     disks: Vec<String>,
-    group: Option<(&'static str, String)>,
+    group: Option<Group>,
+}
+
+/// A volume group. There is one at a time: its name is the same in all tests, and so may its disk be.
+struct Group {
+    name: &'static str,
+    disk: String,
+    _only: MutexGuard<'static, ()>,
 }
 
 /// The driver as it was built: of this package, or beside the test of another one.
@@ -143,6 +151,8 @@ impl Driver {
 
     /// With a volume group of its own and a thin pool in it, on the disk that KEELWAY_LVM_DISK names, or a loop device.
     pub fn lvm(mut self, mebibytes: u64, backends: &str) -> Self {
+        static ONLY: Mutex<()> = Mutex::new(());
+        let only = ONLY.lock().unwrap_or_else(PoisonError::into_inner);
         let disk = std::env::var("KEELWAY_LVM_DISK").unwrap_or_else(|_| {
             let file = self.path("group.disk");
             std::fs::File::create(&file).unwrap().set_len(mebibytes << 20).unwrap();
@@ -156,7 +166,7 @@ impl Driver {
         let name = "kw-test";
         lvm(&["pvcreate", "-q", "-q", "-ff", "-y", &disk]);
         lvm(&["vgcreate", "-q", "-q", name, &disk]);
-        self.group = Some((name, disk));
+        self.group = Some(Group { name, disk, _only: only });
         let size = format!("{}m", mebibytes / 2);
         lvm(&["lvcreate", "-q", "-q", "-y", "--type", "thin-pool", "--size", &size, "--name", "pool", name]);
         let backends = format!("--backends={backends}");
@@ -165,8 +175,8 @@ impl Driver {
 
     /// Logical volumes of the group, but for the pool.
     pub fn logical(&self) -> Vec<String> {
-        let Some((group, _)) = &self.group else { return Vec::new() };
-        let all = lvm(&["lvs", "--noheadings", "-o", "lv_name", group]);
+        let Some(group) = &self.group else { return Vec::new() };
+        let all = lvm(&["lvs", "--noheadings", "-o", "lv_name", group.name]);
         all.split_whitespace().filter(|name| *name != "pool").map(str::to_owned).collect()
     }
 
@@ -360,9 +370,12 @@ impl Driver {
     pub fn assert_clean(&self) {
         assert_eq!(self.mounts(), Vec::<PathBuf>::new(), "mounts are left\n{}", self.log());
         assert_eq!(self.logical(), Vec::<String>::new(), "logical volumes are left\n{}", self.log());
-        let mapped = keelway_csi::sys::lvm::mapped().unwrap().into_iter().map(|device| device.name);
-        let mapped: Vec<_> = mapped.filter(|name| name.starts_with("kw--test-kw")).collect();
-        assert_eq!(mapped, Vec::<String>::new(), "mapped devices are left\n{}", self.log());
+        // Other tests' drivers have none, and see those of the one that has the group.
+        if self.group.is_some() {
+            let mapped = keelway_csi::sys::lvm::mapped().unwrap().into_iter().map(|device| device.name);
+            let mapped: Vec<_> = mapped.filter(|name| name.starts_with("kw--test-kw")).collect();
+            assert_eq!(mapped, Vec::<String>::new(), "mapped devices are left\n{}", self.log());
+        }
         assert!(self.loops().is_empty(), "loop devices are left\n{}", self.log());
         assert_eq!(list(&self.path("pool")), [self.path("pool/.keelway-pool")], "images are left\n{}", self.log());
         assert_eq!(self.records(), Vec::<PathBuf>::new(), "records are left\n{}", self.log());
@@ -383,8 +396,8 @@ impl Drop for Driver {
         for device in self.loops() {
             let _ = device.unbind(Duration::from_secs(2));
         }
-        if let Some((group, disk)) = &self.group {
-            let _ = Command::new("lvm").args(["vgremove", "--config", LVM, "-q", "-ff", "-y", group]).output();
+        if let Some(Group { name, disk, .. }) = &self.group {
+            let _ = Command::new("lvm").args(["vgremove", "--config", LVM, "-q", "-ff", "-y", name]).output();
             let _ = Command::new("lvm").args(["pvremove", "--config", LVM, "-q", "-ff", "-y", disk]).output();
         }
         for disk in &self.disks {
