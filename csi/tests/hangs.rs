@@ -72,7 +72,11 @@ async fn a_device_that_cannot_even_be_opened_is_not_free() {
     }
     // Each that waited as the first one did would have taken four seconds.
     assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
-    assert!(threads(&driver) <= before + 4, "{} threads after {before}", threads(&driver));
+    // Those that are idle end by themselves after a while; one that waits there does not.
+    while threads(&driver) > before + 4 {
+        assert!(start.elapsed() < Duration::from_secs(60), "{} threads after {before}", threads(&driver));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let calls = made(&driver, "pvc-1", 64 * MIB, &mount("ext4"), RAW).await;
     driver.node().await.node_stage_volume(calls.stage()).await.unwrap();
     driver.node().await.node_unstage_volume(calls.unstage()).await.unwrap();
