@@ -205,7 +205,12 @@ async fn a_group_is_of_one_moment() {
             0
         })
     };
-    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    // So that it is in the middle of it, however slow the disk is.
+    let (last, start) = (format!("{}/n", all[2].target), Instant::now());
+    while !fs::read(&last).is_ok_and(|bytes| bytes.try_into().is_ok_and(|n| u64::from_le_bytes(n) > 2)) {
+        assert!(start.elapsed() < Duration::from_secs(60) && !writer.is_finished(), "nothing is written");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     let of: Vec<_> = all.iter().collect();
     let group = take_group(&driver, "group", &of).await;
     assert_eq!(group, take_group(&driver, "group", &of).await);
