@@ -17,8 +17,9 @@ const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLI
 /// A target belongs to the kubelet; pods reach it through their own mounts.
 const DIRECTORY: Mode = Mode::from_raw_mode(0o750);
 const FILE: Mode = Mode::from_raw_mode(0o660);
-/// How long a mount may be busy before it counts as in use.
-const LOOKERS: Duration = Duration::from_millis(250);
+/// How long a mount may be busy before it counts as in use. Who only looks needs less than that, but on a machine that is busy
+/// itself may not get to go on for a while.
+const LOOKERS: Duration = Duration::from_secs(2);
 /// The most mounts taken from one target. One is what there should be; older drivers stacked them.
 const MAX_STACK: usize = 64;
 
