@@ -8,13 +8,9 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Calls, Driver, MIB, block, bring, made, mount, take, take_away};
+use common::{BTRFS, Calls, DIRECTORY, Driver, MIB, RAW, block, bring, made, mount, take, take_away};
 use keelway_csi::csi::{self, VolumeCapability};
 use serde_json::Value;
-
-const QUOTA: &[(&str, &str)] = &[("backend", "btrfs"), ("capacity", "quota")];
-const DIRECTORY: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "unenforced")];
-const RAW: &[(&str, &str)] = &[("backend", "raw")];
 
 fn keelway(driver: &Driver) -> (Value, Option<i32>) {
     let output = Command::new(env!("CARGO_BIN_EXE_keelway"))
@@ -53,7 +49,7 @@ async fn volumes_of_each_kind_are_found_where_they_are() {
     let all = [
         brought(&driver, "image", 32, mount("ext4"), &[]).await,
         brought(&driver, "image-block", 16, block(), &[]).await,
-        brought(&driver, "subvolume", 16, mount(""), QUOTA).await,
+        brought(&driver, "subvolume", 16, mount(""), BTRFS).await,
         brought(&driver, "directory", 16, mount(""), DIRECTORY).await,
         brought(&driver, "raw", 64, mount("ext4"), RAW).await,
         brought(&driver, "raw-block", 64, block(), RAW).await,

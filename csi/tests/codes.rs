@@ -7,17 +7,14 @@ mod common;
 use std::path::Path;
 
 use common::{
-    Calls, Driver, MIB, as_mode, block, create, drop_group, drop_snapshot, end, filled, made, members, mount, snapshot,
-    take, take_group, try_made, volume,
+    Calls, DIRECTORY, Driver, MIB, RAW, as_mode, block, create, drop_group, drop_snapshot, end, filled, made, members,
+    mount, snapshot, take, take_group, try_made, volume,
 };
 use keelway_csi::csi::snapshot_metadata_client::SnapshotMetadataClient;
 use keelway_csi::csi::volume_capability::AccessType;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
 use keelway_csi::csi::{self, VolumeCapability};
 use tonic::{Code, Status};
-
-const RAW: &[(&str, &str)] = &[("backend", "raw")];
-const DIRECTORY: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "unenforced")];
 
 fn code<T>(answer: Result<tonic::Response<T>, Status>) -> Code {
     answer.map_or_else(|status| status.code(), |_| Code::Ok)

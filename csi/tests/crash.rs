@@ -14,8 +14,8 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use common::{
-    Calls, Driver, MIB, Still, block, bring, create, delete, delete_group, end, filled, group, made, mount, snapshot,
-    take_away, volume,
+    BTRFS, Calls, DIRECTORY, Driver, MIB, Still, block, bring, create, delete, delete_group, end, filled, group, made,
+    mount, snapshot, take_away, volume,
 };
 use keelway_csi::csi::volume_content_source::Type;
 use keelway_csi::csi::{self, VolumeCapability};
@@ -436,7 +436,7 @@ async fn killed_at_every_change_of_a_subvolumes_life() {
     every_point(Scenario {
         name: "subvolumes",
         pool: Some("btrfs"),
-        class: &[("backend", "btrfs"), ("capacity", "quota")],
+        class: BTRFS,
         flags: &["--backends=btrfs"],
         capability: mount(""),
         watched: &[
@@ -466,7 +466,7 @@ async fn killed_at_every_change_of_a_subvolumes_life() {
 async fn killed_at_every_change_of_a_directorys_life() {
     every_point(Scenario {
         name: "directories",
-        class: &[("backend", "directory"), ("capacity", "unenforced")],
+        class: DIRECTORY,
         flags: &["--backends=directory"],
         capability: mount(""),
         least: 60,

@@ -3,6 +3,8 @@
 //! `cargo test -p keelway-csi --test full -- --ignored`, as root.
 
 mod common;
+#[path = "common/journal.rs"]
+mod journal;
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -13,7 +15,6 @@ use common::{
 };
 use keelway_csi::csi;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
-use sha2::{Digest, Sha256};
 use tonic::Code;
 
 /// Takes all that there is of a filesystem, down to the last byte.
@@ -33,12 +34,6 @@ async fn shared(driver: &Driver, name: &str) -> Calls {
 
 fn mounted(driver: &Driver, target: &str) -> bool {
     driver.mounts().contains(&Path::new(target).canonicalize().unwrap_or_default())
-}
-
-/// A line of the journal, as older builds write it, too.
-fn line(json: &str) -> String {
-    let digest: String = Sha256::digest(json)[..4].iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{digest} {json}\n")
 }
 
 #[tokio::test]
@@ -160,9 +155,11 @@ async fn a_journal_of_an_older_build_or_of_a_power_cut_is_carried_on_with() {
         .unwrap();
     let id = &calls.id;
     let begin = |seq: u64, path: &str| {
-        line(&format!(r#"{{"begin":{{"seq":{seq},"intent":{{"op":"publish","id":"{id}","path":"{path}"}}}}}}"#))
+        journal::line(&format!(
+            r#"{{"begin":{{"seq":{seq},"intent":{{"op":"publish","id":"{id}","path":"{path}"}}}}}}"#
+        ))
     };
-    let ended = line(r#"{"end":{"seq":5}}"#);
+    let ended = journal::line(r#"{"end":{"seq":5}}"#);
     let (first_line, open) = (begin(5, &calls.target), begin(6, &second));
     let torn = [&first_line.as_bytes()[..40], &[0; 512], b"tail of a line\n"].concat();
     let journal =

@@ -3,23 +3,22 @@
 //! `cargo test -p keelway-csi --test groups -- --ignored`, as root.
 
 mod common;
+#[path = "common/journal.rs"]
+mod journal;
 
 use std::fs;
 use std::path::Path;
 
 use common::{
-    Driver, MIB, block, bring, delete, drop_group, drop_snapshot, end, made, mount, run, take, take_group, try_take,
-    try_take_group,
+    BTRFS, Driver, MIB, block, bring, delete, drop_group, drop_snapshot, end, made, mount, run, take, take_group,
+    try_take, try_take_group,
 };
-use sha2::{Digest, Sha256};
 use tonic::Code;
 
 #[tokio::test]
 #[ignore = "needs root, loop devices, XFS and btrfs"]
 async fn what_cannot_be_of_one_moment_is_refused() {
-    for (pool, kind, class) in
-        [("xfs", block(), &[][..]), ("btrfs", mount(""), &[("backend", "btrfs"), ("capacity", "quota")][..])]
-    {
+    for (pool, kind, class) in [("xfs", block(), &[][..]), ("btrfs", mount(""), BTRFS)] {
         let mut driver =
             Driver::on(pool, 1024).with(&[if pool == "xfs" { "--backends=image" } else { "--backends=btrfs" }]);
         driver.start();
@@ -84,8 +83,7 @@ async fn a_group_that_could_not_be_undone_is_not_forgotten() {
     // As if there were to have been three: a driver that was killed on the way.
     let id = &group.group_snapshot_id;
     let json = format!(r#"{{"begin":{{"seq":900,"intent":{{"op":"group","id":"{id}","members":3}}}}}}"#);
-    let digest: String = Sha256::digest(&json)[..4].iter().map(|byte| format!("{byte:02x}")).collect();
-    fs::write(driver.path("state/journal"), format!("{digest} {json}\n")).unwrap();
+    fs::write(driver.path("state/journal"), journal::line(&json)).unwrap();
     let last = group.snapshots.iter().map(|snapshot| driver.path(&format!("pool/{}.snap", snapshot.snapshot_id)));
     let last = last.max().unwrap();
     for snapshot in &group.snapshots {

@@ -8,12 +8,12 @@ use std::fs;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, Still, as_mode, available, bring, create, delete, end, made, mount, run};
+use common::{
+    Calls, DIRECTORY, Driver, MIB, RAW, Still, as_mode, available, bring, create, delete, end, made, mount, run,
+};
 use keelway_csi::csi;
 use keelway_csi::csi::volume_capability::AccessType;
 use keelway_csi::csi::volume_capability::access_mode::Mode;
-
-const RAW: &[(&str, &str)] = &[("backend", "raw")];
 
 /// What is wrong with each volume that something is wrong with.
 async fn unhealthy(driver: &Driver) -> Vec<(String, i32)> {
@@ -189,12 +189,11 @@ async fn what_takes_long_at_one_target_holds_up_no_other() {
 async fn volumes_that_come_and_go_do_not_spoil_the_list() {
     let mut driver = Driver::new().with(&["--backends=directory"]);
     driver.start();
-    let class = &[("backend", "directory"), ("capacity", "unenforced")];
     let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let mut lives = tokio::task::JoinSet::new();
     for n in 0..4 {
         let (mut controller, stop) = (driver.controller().await, stop.clone());
-        let request = create(&format!("v{n}"), MIB, &mount(""), class);
+        let request = create(&format!("v{n}"), MIB, &mount(""), DIRECTORY);
         lives.spawn(async move {
             let mut lived = 0;
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {

@@ -10,7 +10,7 @@ use std::fs;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use common::{Calls, Driver, MIB, create, filled, mount, snapshot, volume};
+use common::{BTRFS, Calls, Driver, MIB, create, filled, mount, snapshot, volume};
 use keelway_csi::csi;
 use keelway_csi::csi::volume_content_source::Type;
 use tonic::{Code, Status};
@@ -244,7 +244,7 @@ async fn images_that_share_blocks() {
 #[ignore = "needs root and btrfs"]
 async fn subvolumes() {
     let driver = Driver::on("btrfs", 2048).with(&["--backends=btrfs"]);
-    live("subvolumes", driver, &[("backend", "btrfs"), ("capacity", "quota")]).await;
+    live("subvolumes", driver, BTRFS).await;
 }
 
 #[tokio::test]

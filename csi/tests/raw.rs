@@ -8,12 +8,10 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 
 use common::{
-    Calls, Driver, MIB, Still, available, block, bring, create, delete, end, made, mount, run, take_away, try_made,
+    Calls, Driver, MIB, RAW, Still, available, block, bring, create, delete, end, made, mount, run, take_away, try_made,
 };
 use keelway_csi::csi;
 use tonic::Code;
-
-const CLASS: &[(&str, &str)] = &[("backend", "raw")];
 
 #[tokio::test]
 #[ignore = "needs root and loop devices"]
@@ -22,7 +20,7 @@ async fn a_device_is_a_volume() {
     driver.start();
     for kind in [mount("ext4"), block()] {
         // The smallest that is large enough, and all of it.
-        let request = create("pvc-1", 20 * MIB, &kind, CLASS);
+        let request = create("pvc-1", 20 * MIB, &kind, RAW);
         let volume = driver.controller().await.create_volume(request).await.unwrap().into_inner().volume.unwrap();
         assert_eq!(volume.capacity_bytes, 64 * MIB);
         let calls = Calls::new(&driver, &volume.volume_id, kind.clone());
@@ -62,8 +60,8 @@ async fn what_may_hold_data_is_never_taken() {
     run("mount", &[driver.disk(1), mounted.to_str().unwrap()]);
     driver.start();
     assert_eq!(available(&driver, &[]).await, 64 * MIB);
-    let calls = made(&driver, "pvc-1", 64 * MIB, &block(), CLASS).await;
-    let none = try_made(&driver, "pvc-2", 64 * MIB, &block(), CLASS, None).await.unwrap_err();
+    let calls = made(&driver, "pvc-1", 64 * MIB, &block(), RAW).await;
+    let none = try_made(&driver, "pvc-2", 64 * MIB, &block(), RAW, None).await.unwrap_err();
     assert_eq!(none.code(), Code::ResourceExhausted);
     run("umount", &[mounted.to_str().unwrap()]);
 
@@ -89,7 +87,7 @@ async fn what_somebody_writes_to_a_claimed_disk_is_his() {
     driver.start();
     // By the start and by the end of it, where a RAID has what it is known by.
     for (at, kind) in [(0, mount("ext4")), ((64 << 20) - 4096, mount("ext4")), ((64 << 20) - 4096, block())] {
-        let calls = made(&driver, "pvc-1", 16 * MIB, &kind, CLASS).await;
+        let calls = made(&driver, "pvc-1", 16 * MIB, &kind, RAW).await;
         let disk = fs::File::options().write(true).open(driver.disk(0)).unwrap();
         disk.write_all_at(&[7; 4096], at).unwrap();
         disk.sync_all().unwrap();
@@ -100,7 +98,7 @@ async fn what_somebody_writes_to_a_claimed_disk_is_his() {
         let found = fs::read(driver.disk(0)).unwrap();
         assert!(found[at as usize..][..4096] == [7; 4096], "it was wiped");
         // Nor is it taken again.
-        let none = try_made(&driver, "pvc-2", 16 * MIB, &kind, CLASS, None).await.unwrap_err();
+        let none = try_made(&driver, "pvc-2", 16 * MIB, &kind, RAW, None).await.unwrap_err();
         assert_eq!(none.code(), Code::ResourceExhausted);
         fs::File::options().write(true).open(driver.disk(0)).unwrap().write_all_at(&[0; 4096], at).unwrap();
     }
@@ -115,7 +113,7 @@ async fn a_disk_that_hangs_holds_up_nobody_else() {
     let kind = mount("ext4");
     let mut all = Vec::new();
     for (name, size) in [("hangs", 64), ("works", 128)] {
-        let calls = made(&driver, name, size * MIB, &kind, CLASS).await;
+        let calls = made(&driver, name, size * MIB, &kind, RAW).await;
         bring(&driver, &calls).await;
         fs::write(format!("{}/data", calls.target), vec![7; 1 << 20]).unwrap();
         all.push(calls);

@@ -7,7 +7,7 @@ mod common;
 
 use std::fs;
 
-use common::{Calls, Driver, MIB, block, bring, create, delete, made, mount};
+use common::{Calls, DIRECTORY, Driver, MIB, RAW, block, bring, create, delete, made, mount};
 use keelway_csi::csi;
 use tonic::Code;
 
@@ -67,9 +67,8 @@ async fn a_damaged_volume_can_be_taken_down() {
 async fn a_directory_that_is_gone_can_be_taken_from_its_pod() {
     let mut driver = Driver::new().with(&["--backends=directory"]);
     driver.start();
-    let class = [("backend", "directory"), ("capacity", "unenforced")];
     for how in ["removed", "replaced"] {
-        let calls = made(&driver, how, 16 * MIB, &mount(""), &class).await;
+        let calls = made(&driver, how, 16 * MIB, &mount(""), DIRECTORY).await;
         bring(&driver, &calls).await;
         let directory = driver.path(&format!("pool/{}.dir", calls.id));
         fs::remove_dir(&directory).unwrap();
@@ -128,7 +127,7 @@ async fn an_inline_volume_that_never_got_to_its_pod_is_not_left() {
     assert_eq!(refused.code(), Code::NotFound, "{refused}");
     driver.assert_clean();
     // A pod's author takes no whole disk, and nothing that he could grow beyond.
-    for class in [&[("backend", "raw")][..], &[("backend", "directory"), ("capacity", "unenforced")]] {
+    for class in [RAW, DIRECTORY] {
         let refused = node.node_publish_volume(inline(&driver, "pods/inline", class)).await.unwrap_err();
         assert!(refused.code() == Code::InvalidArgument && refused.message().contains("inline"), "{refused}");
     }

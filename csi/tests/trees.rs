@@ -9,14 +9,11 @@ use std::io::Write;
 use std::os::unix::fs::symlink;
 
 use common::{
-    Calls, Driver, MIB, block, bring, create, delete, drop_snapshot, made, mount, snapshot, take, try_made, try_take,
-    volume,
+    BTRFS, Calls, DIRECTORY, Driver, MIB, block, bring, create, delete, drop_snapshot, made, mount, snapshot, take,
+    try_made, try_take, volume,
 };
 use keelway_csi::csi;
 use tonic::Code;
-
-const BTRFS: &[(&str, &str)] = &[("backend", "btrfs"), ("capacity", "quota")];
-const DIRECTORY: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "unenforced")];
 
 /// In use it stays; then it ends.
 async fn end(driver: &Driver, calls: &Calls) {

@@ -7,6 +7,13 @@ use keelway_csi::csi::{self, VolumeCapability};
 
 use super::Driver;
 
+/// A volume that is a whole device.
+pub const RAW: &[(&str, &str)] = &[("backend", "raw")];
+/// One that is a subvolume with a limit.
+pub const BTRFS: &[(&str, &str)] = &[("backend", "btrfs"), ("capacity", "quota")];
+/// One that is a directory without one.
+pub const DIRECTORY: &[(&str, &str)] = &[("backend", "directory"), ("capacity", "unenforced")];
+
 pub fn mount(fs: &str) -> VolumeCapability {
     capability(AccessType::Mount(MountVolume { fs_type: fs.into(), ..Default::default() }))
 }
