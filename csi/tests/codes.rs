@@ -118,7 +118,7 @@ async fn another_call_for_the_same_path_is_refused() {
         // Another target may have other options and another group, and has them.
         let second = Calls { target: driver.kubelet("pods/second"), ..other(with(&["noexec"], "4242", &plain)) };
         assert_eq!(publish(&driver, &second).await, Code::Ok);
-        let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let table = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         let noexec = |target: &str| table.lines().any(|line| line.contains(target) && line.contains("noexec"));
         assert!(noexec(&second.target) && !noexec(&calls.target), "{table}");
         assert_eq!(unpublish(&driver, &second).await, Code::Ok);

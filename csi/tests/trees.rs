@@ -47,7 +47,7 @@ async fn subvolumes_hold_their_data_and_their_limit() {
     driver.start();
     let first = made(&driver, "first", 64 * MIB, &mount(""), BTRFS).await;
     bring(&driver, &first).await;
-    let options = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let options = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let line = options.lines().find(|line| line.contains(&first.target)).unwrap();
     assert!(line.contains("nosuid") && line.contains("nodev") && line.contains("btrfs"), "{line}");
     let data = format!("{}/data", first.target);

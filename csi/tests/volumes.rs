@@ -39,7 +39,7 @@ async fn data_outlives_pods_and_drivers() {
         let file = std::path::Path::new(&calls.target).join("data");
         fs::write(&file, "precious").unwrap();
         assert_eq!(fs::metadata(&calls.target).unwrap().permissions().mode() & 0o777, 0o755);
-        let options = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let options = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         let line = options.lines().find(|line| line.contains(&calls.target)).unwrap();
         assert!(line.contains("nosuid") && line.contains("nodev") && line.contains(fs), "{line}");
         let dio = driver.loops()[0].path().file_name().unwrap().to_str().unwrap().to_owned();

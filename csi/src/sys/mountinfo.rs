@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::Dev;
 use crate::error::{Context, Error, Result};
 
-/// A line of `/proc/self/mountinfo`.
+/// A line of `/proc/thread-self/mountinfo`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
     /// The mount's number.
@@ -31,12 +31,12 @@ impl Mount {
     }
 }
 
-/// The mounts of this process's mount namespace.
+/// The mounts of this thread's mount namespace.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Corrupt`].
 pub fn read() -> Result<Vec<Mount>> {
-    let path = "/proc/self/mountinfo";
+    let path = "/proc/thread-self/mountinfo";
     let text = std::fs::read_to_string(path).context(|| format!("read {path}"))?;
     let line = |line: &str| {
         parse(line).ok_or_else(|| Error::Corrupt { path: path.into(), why: format!("not a mount: {line:?}") })

@@ -4,6 +4,7 @@
 mod calls;
 mod life;
 
+use std::cell::Cell;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,6 +17,7 @@ use keelway_csi::csi::group_controller_client::GroupControllerClient;
 use keelway_csi::csi::node_client::NodeClient;
 use keelway_csi::sys::loopdev::LoopDevice;
 use keelway_csi::sys::mountinfo;
+use rustix::mount::MountPropagationFlags;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 pub use calls::*;
@@ -26,7 +28,8 @@ pub const MIB: i64 = 1 << 20;
 /// What may be a filesystem of a test's own, below its directory.
 const FILESYSTEMS: [&str; 3] = ["pool", "state", "below"];
 
-/// A driver with directories of its own below a temporary one.
+/// A driver with directories of its own below a temporary one. What it mounts is for the thread that made it, and for what
+/// that one starts.
 pub struct Driver {
     pub dir: tempfile::TempDir,
     child: Option<Child>,
@@ -76,9 +79,21 @@ pub fn need_root() {
     assert!(rustix::process::geteuid().is_root(), "this test mounts filesystems: run it as root");
 }
 
+/// Mounts of a test are seen by nobody else: who makes a mount namespace of all that this machine has mounted, as each
+/// container that starts does, would hold a volume's device for as long.
+fn own_mounts() {
+    thread_local!(static OWN: Cell<bool> = const { Cell::new(false) });
+    if !OWN.replace(true) {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("a mount namespace of its own");
+        let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", flags).expect("mounts that nobody else sees");
+    }
+}
+
 impl Driver {
     pub fn new() -> Self {
         need_root();
+        own_mounts();
         let dir = tempfile::Builder::new().prefix("keelway-csi-").tempdir().expect("a temporary directory");
         for name in ["kubelet/staging", "kubelet/pods"] {
             std::fs::create_dir_all(dir.path().join(name)).unwrap();
