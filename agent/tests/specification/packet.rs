@@ -212,6 +212,20 @@ pub fn read(bytes: &[u8]) -> Result<Seen, String> {
     if right { Ok(seen) } else { Err(format!("the checksum of protocol {} is wrong", seen.proto)) }
 }
 
+/// Reads the reset that answers a packet which opens a TCP connection (RFC 9293 section 3.10.7.1).
+pub fn reset(bytes: &[u8], opener: &[u8]) -> Result<Seen, String> {
+    let (seen, of) = (read(bytes)?, read(opener)?);
+    let dword = |bytes: &[u8], at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four"));
+    let data = opener.len() - of.l4 - usize::from(opener[of.l4 + 12] >> 4) * 4;
+    let wanted = dword(opener, of.l4 + 4).wrapping_add(1 + data as u32);
+    let is_reset =
+        seen.proto == TCP && bytes.len() == seen.l4 + 20 && bytes[seen.l4 + 12..seen.l4 + 14] == [0x50, RST | ACK];
+    if !is_reset || dword(bytes, seen.l4 + 4) != 0 || dword(bytes, seen.l4 + 8) != wanted {
+        return Err(format!("no reset of {wanted}: {:?}", &bytes[seen.l4..]));
+    }
+    Ok(seen)
+}
+
 /// The packet that an ICMP error carries.
 pub fn carried(bytes: &[u8]) -> Result<Seen, String> {
     let outer = read(bytes)?;

@@ -377,6 +377,14 @@ impl Runner<'_> {
                 }
                 Ok(None)
             }
+            Verdict::Refuse if case.proto() == TCP && flags & (SYN | ACK) == SYN => {
+                let told = packet::reset(out, &sent)?;
+                let back = told.src == case.to && told.dst == client;
+                match did.run.verdict == REDIRECT && back && counted.contains(&Reason::NoBackend) {
+                    true => Ok(None),
+                    false => wrong("it should have been refused"),
+                }
+            }
             Verdict::Refuse => {
                 let told = packet::carried(out)?;
                 let outer = packet::read(out)?;

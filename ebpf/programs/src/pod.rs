@@ -99,7 +99,7 @@ fn open(
         Outcome::Other => {}
         Outcome::Refused => {
             count(account.hook, Reason::NoBackend, skb.len());
-            return refuse::port_unreachable(skb, packet, sender).map(Some);
+            return refuse::to_sender(skb, packet, sender).map(Some);
         }
         Outcome::Translated => {
             let backend = asked.backend;

@@ -113,7 +113,7 @@ pub fn arrive(
         }
         Outcome::Refused => {
             count(account.hook, Reason::NoBackend, skb.len());
-            return refuse::port_unreachable_back(skb, packet);
+            return refuse::back(skb, packet);
         }
         Outcome::Translated => {}
     }
@@ -155,7 +155,7 @@ pub fn depart(
         Outcome::Other => return Ok(OK),
         Outcome::Refused => {
             count(account.hook, Reason::NoBackend, skb.len());
-            return refuse::port_unreachable_here(skb, packet);
+            return refuse::here(skb, packet);
         }
         Outcome::Translated => {}
     }
