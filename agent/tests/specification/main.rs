@@ -38,7 +38,9 @@ fn random_objects_and_packets_meet_what_the_reference_says() {
     let bound = Duration::from_secs(setting("KEELWAY_SPEC_SECONDS", 20));
     let started = Instant::now();
     let (mut cases, mut packets) = (0, 0);
-    while started.elapsed() < bound {
+    // For that long, and as long as it takes to see something of everything.
+    let too_few = |kernel: &Kernel| [kernel.turned, kernel.handed_on, kernel.from_host].iter().any(|seen| *seen <= 10);
+    while started.elapsed() < bound || too_few(&kernel) {
         let seed = first + cases;
         let scenario = objects::scenario(&mut Random::new(seed));
         match scenario::run(&mut kernel, &scenario) {
@@ -56,7 +58,7 @@ fn random_objects_and_packets_meet_what_the_reference_says() {
         "{cases} cases, {packets} packets: {turned} turned round at XDP, {handed_on} handed on, {from_host} of the host"
     );
     println!("{seen}");
-    assert!(cases > 0 && packets > 100 && turned > 10 && handed_on > 10 && from_host > 10, "{seen}");
+    assert!(cases > 0 && packets > 100, "{seen}");
 }
 
 #[test]
