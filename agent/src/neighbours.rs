@@ -5,8 +5,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use keelway_cni::install::{BINARY_FILE, CONFLIST_FILE};
+use nix::net::if_::if_nametoindex;
 use tokio::sync::watch;
 
+use crate::cleanup::kube_proxy::ipvs::DEVICE;
 use crate::install;
 use crate::netfilter::nft::{self, Chain};
 
@@ -36,9 +38,12 @@ pub fn kube_proxy() -> Option<String> {
         "nat" | "filter" => chain.name == "KUBE-SERVICES",
         _ => false,
     };
-    let Chain { table, name, .. } = chains.iter().find(is_its)?;
-    let nftables = table.name == "kube-proxy";
-    let place = if nftables { "nftables".to_owned() } else { format!("iptables, {} {name}", table.name) };
+    let place = match chains.iter().find(is_its) {
+        Some(Chain { table, .. }) if table.name == "kube-proxy" => "nftables".to_owned(),
+        Some(Chain { table, name, .. }) => format!("iptables, {} {name}", table.name),
+        None if if_nametoindex(DEVICE).is_ok() => format!("IPVS, {DEVICE}"),
+        None => return None,
+    };
     Some(format!(
         "kube-proxy runs on this node or has run and left its rules ({place}): they translate Services too; stop it, then \
          `keelway-agent cleanup --kube-proxy` removes them"

@@ -4,6 +4,8 @@
 //! are a kube-proxy's: kubernetes/kubernetes, pkg/proxy/{iptables,ipvs,nftables}. Other programs' chains begin with `KUBE-` too
 //! (the kubelet's, kube-router's).
 
+pub mod ipvs;
+
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -12,14 +14,12 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use keelway_netlink::Handle;
 
 use crate::netfilter::nft::{self, Chain, Jump};
-use crate::netfilter::{IPV4, IPV6, Refused, conntrack, ipset};
+use crate::netfilter::{IPV4, IPV6, Refused, conntrack};
 
 const NFTABLES_TABLE: &str = "kube-proxy";
 const IPTABLES_TABLES: [&str; 4] = ["nat", "filter", "mangle", "raw"];
-const IPVS_DEVICE: &str = "kube-ipvs0";
 const CHAINS: [&str; 13] = [
     "KUBE-SERVICES",
     "KUBE-EXTERNAL-SERVICES",
@@ -40,43 +40,41 @@ const CHAINS_OF_SERVICES: [&str; 6] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-FW-", "KU
 const SHARED_CHAIN: &str = "KUBE-FIREWALL";
 /// A kubelet looks after its chains.
 const KUBELET_CHAIN: &str = "KUBE-KUBELET-CANARY";
-const SETS: [&str; 8] = [
-    "LOOP-BACK",
-    "CLUSTER-IP",
-    "EXTERNAL-IP",
-    "LOAD-BALANCER",
-    "NODE-PORT",
-    "HEALTH-CHECK-NODE-PORT",
-    "IPVS-IPS",
-    "EXTERNAL-IP-LOCAL",
-];
 /// Where a kube-proxy serves its metrics and its mode, on loopback.
 const METRICS_PORT: u16 = 10249;
 
-/// Removes it and says what that was.
+/// Removes it and says what that was. What fails keeps nothing else from going, but what it stands on; it can be tried again.
 ///
 /// # Errors
-/// That a kube-proxy runs, or the first thing that could not be removed; what went before is gone.
+/// That a kube-proxy runs, or that something could not be removed, which is named with its reason.
 pub async fn remove(force: bool) -> anyhow::Result<()> {
     if let Some(running) = running(Path::new("/proc")).or_else(answering)
         && !force
     {
         bail!("{running}; it would write its rules again: stop it first, or say --force");
     }
-    // Its connections live on: the kernel's tracking goes on translating them.
-    let live = absent_is_none(conntrack::translated())?.len();
+    // Its connections live on: the kernel's tracking goes on translating them, and IPVS those that it has.
+    let live = absent_is_none(conntrack::translated())?;
+    let through_ipvs = if force { Vec::new() } else { live.iter().filter(|flow| flow.by_ipvs).copied().collect() };
+    let live = live.iter().filter(|flow| !flow.by_ipvs).count() + through_ipvs.len();
     if live > 0 {
         nft::hold_translation()?;
     }
-    let mut removed = nftables()?;
-    removed.extend(iptables()?);
-    removed.extend(old_iptables()?);
-    removed.extend(ipvs().await?);
-    removed.extend(sets()?);
-    for line in &removed {
+    let mut report = Report::default();
+    for step in [nftables, iptables, old_iptables] {
+        let done = step(&mut report);
+        report.succeeded(done);
+    }
+    // Rules use sets, so these are the last.
+    let done = ipvs::remove(&mut report, &through_ipvs).await;
+    report.succeeded(done);
+    for line in &report.removed {
         println!("removed {line}");
     }
-    if removed.is_empty() {
+    for line in &report.left {
+        eprintln!("left {line}");
+    }
+    if report.removed.is_empty() && report.left.is_empty() && report.failures.is_empty() {
         println!("nothing of a kube-proxy is left");
     }
     if live > 0 {
@@ -85,7 +83,30 @@ pub async fn remove(force: bool) -> anyhow::Result<()> {
             nft::HOLDING_TABLE
         );
     }
+    for failure in &report.failures {
+        eprintln!("could not remove {failure:#}");
+    }
+    if !report.failures.is_empty() {
+        bail!("not all of a kube-proxy is gone; run this again when those reasons are");
+    }
     Ok(())
+}
+
+#[derive(Default)]
+struct Report {
+    removed: Vec<String>,
+    /// What has to wait.
+    left: Vec<String>,
+    failures: Vec<anyhow::Error>,
+}
+
+impl Report {
+    /// Keeps what went wrong; whether nothing did.
+    fn succeeded(&mut self, done: anyhow::Result<()>) -> bool {
+        let good = done.is_ok();
+        self.failures.extend(done.err());
+        good
+    }
 }
 
 fn absent_is_none<T>(found: Result<Vec<T>, Refused>) -> Result<Vec<T>, Refused> {
@@ -123,15 +144,16 @@ fn family_name(family: u8) -> &'static str {
     if family == IPV6 { "IPv6" } else { "IPv4" }
 }
 
-fn nftables() -> anyhow::Result<Vec<String>> {
-    let mut removed = Vec::new();
-    for table in absent_is_none(nft::tables())? {
+fn nftables(report: &mut Report) -> anyhow::Result<()> {
+    for table in absent_is_none(nft::tables()).context("tables of nftables")? {
         if table.name == NFTABLES_TABLE && [IPV4, IPV6].contains(&table.family) {
-            nft::delete_table(&table)?;
-            removed.push(format!("the nftables table {} ({})", table.name, family_name(table.family)));
+            let what = format!("the nftables table {} ({})", table.name, family_name(table.family));
+            if report.succeeded(nft::delete_table(&table).with_context(|| what.clone())) {
+                report.removed.push(what);
+            }
         }
     }
-    Ok(removed)
+    Ok(())
 }
 
 fn is_its_chain(name: &str, kubelet: bool) -> bool {
@@ -141,25 +163,28 @@ fn is_its_chain(name: &str, kubelet: bool) -> bool {
 }
 
 /// Rules of iptables' usual back end, which keeps them in nftables.
-fn iptables() -> anyhow::Result<Vec<String>> {
-    let (chains, jumps) = (absent_is_none(nft::chains())?, absent_is_none(nft::jumps())?);
+fn iptables(report: &mut Report) -> anyhow::Result<()> {
+    let list = || Ok::<_, Refused>((absent_is_none(nft::chains())?, absent_is_none(nft::jumps())?));
+    let (chains, jumps) = list().context("chains of iptables")?;
     let plan = plan(&chains, &jumps);
-    let mut removed = Vec::new();
     for (table, family) in IPTABLES_TABLES.iter().flat_map(|table| [(table, IPV4), (table, IPV6)]) {
         let here = |of: &nft::Table| of.name == **table && of.family == family;
         let jumps: Vec<&Jump> = plan.jumps.iter().copied().filter(|jump| here(&jump.table)).collect();
         let chains: Vec<&Chain> = plan.chains.iter().copied().filter(|chain| here(&chain.table)).collect();
-        nft::delete_jumps(&jumps)?;
-        nft::delete_chains(&chains)?;
-        if jumps.len() + chains.len() > 0 {
-            let (jumps, chains, family) = (jumps.len(), chains.len(), family_name(family));
-            removed.push(format!("{chains} chains and {jumps} jumps to them from iptables' table {table} ({family})"));
+        if jumps.len() + chains.len() == 0 {
+            continue;
+        }
+        let (of_jumps, of_chains, family) = (jumps.len(), chains.len(), family_name(family));
+        let what = format!("{of_chains} chains and {of_jumps} jumps to them from iptables' table {table} ({family})");
+        let done = nft::delete_jumps(&jumps).and_then(|()| nft::delete_chains(&chains));
+        if report.succeeded(done.with_context(|| what.clone())) {
+            report.removed.push(what);
         }
     }
     for kept in &plan.kept {
         eprintln!("left {} in iptables' table {}: another's rule leads there", kept.name, kept.table.name);
     }
-    Ok(removed)
+    Ok(())
 }
 
 struct Plan<'a> {
@@ -202,8 +227,7 @@ fn plan<'a>(chains: &'a [Chain], jumps: &'a [Jump]) -> Plan<'a> {
 }
 
 /// Rules of iptables' old back end. Only its own tools know those tables.
-fn old_iptables() -> anyhow::Result<Vec<String>> {
-    let mut removed = Vec::new();
+fn old_iptables(report: &mut Report) -> anyhow::Result<()> {
     for (names, tool, family) in
         [("ip_tables_names", "iptables-legacy", IPV4), ("ip6_tables_names", "ip6tables-legacy", IPV6)]
     {
@@ -219,13 +243,14 @@ fn old_iptables() -> anyhow::Result<Vec<String>> {
                 Err(error) => return Err(error).with_context(|| format!("{tool}-save")),
             };
             let Some((script, chains, jumps)) = old_script(table, &saved) else { continue };
-            restore(tool, &script)?;
             let family = family_name(family);
-            removed
-                .push(format!("{chains} chains and {jumps} jumps to them from iptables-legacy's {table} ({family})"));
+            let what = format!("{chains} chains and {jumps} jumps to them from iptables-legacy's {table} ({family})");
+            if report.succeeded(restore(tool, &script).with_context(|| what.clone())) {
+                report.removed.push(what);
+            }
         }
     }
-    Ok(removed)
+    Ok(())
 }
 
 /// What removes it from a table as saved; how many chains and jumps those are.
@@ -260,35 +285,6 @@ fn restore(tool: &str, script: &str) -> anyhow::Result<()> {
         bail!("{tool}: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
-}
-
-/// Its device, with the addresses that made Services local. Virtual servers are left without them.
-async fn ipvs() -> anyhow::Result<Vec<String>> {
-    let host = Handle::open()?;
-    let mut removed = Vec::new();
-    if host.delete_link(IPVS_DEVICE).await? {
-        removed.push(format!("the device {IPVS_DEVICE}"));
-        let servers = std::fs::read_to_string("/proc/net/ip_vs").unwrap_or_default();
-        let servers = servers.lines().filter(|line| ["TCP", "UDP", "SCTP"].iter().any(|p| line.starts_with(p))).count();
-        if servers > 0 {
-            eprintln!("left {servers} virtual servers of IPVS, which may be anybody's: `ipvsadm -Ln` shows them");
-        }
-    }
-    Ok(removed)
-}
-
-fn is_its_set(name: &str) -> bool {
-    let Some(name) = name.strip_prefix("KUBE-6-").or_else(|| name.strip_prefix("KUBE-")) else { return false };
-    SETS.iter().any(|set| name.strip_prefix(set).is_some_and(|rest| rest.is_empty() || rest.starts_with('-')))
-}
-
-fn sets() -> anyhow::Result<Vec<String>> {
-    let mut removed = Vec::new();
-    for name in absent_is_none(ipset::names())?.into_iter().filter(|name| is_its_set(name)) {
-        ipset::destroy(&name).with_context(|| name.clone())?;
-        removed.push(format!("the set {name}"));
-    }
-    Ok(removed)
 }
 
 #[cfg(test)]
@@ -350,15 +346,5 @@ mod tests {
              -X KUBE-SERVICES\n-X KUBE-SVC-A\nCOMMIT\n"
         );
         assert_eq!(old_script("nat", "*nat\n:PREROUTING ACCEPT [0:0]\nCOMMIT\n"), None);
-    }
-
-    #[test]
-    fn sets_of_others_are_not_its() {
-        for its in ["KUBE-CLUSTER-IP", "KUBE-6-CLUSTER-IP", "KUBE-NODE-PORT-LOCAL-SCTP-HASH", "KUBE-LOAD-BALANCER-FW"] {
-            assert!(is_its_set(its), "{its}");
-        }
-        for others in ["KUBE-SRC-ABC", "KUBE-DST-ABC", "kube-bridge", "MY-CLUSTER-IP", "KUBE-CLUSTER-IPS"] {
-            assert!(!is_its_set(others), "{others}");
-        }
     }
 }

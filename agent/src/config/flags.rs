@@ -185,7 +185,7 @@ pub struct CleanupArgs {
     #[arg(long)]
     pub kube_proxy: bool,
 
-    /// With --kube-proxy: although a kube-proxy runs.
+    /// With --kube-proxy: although a kube-proxy runs, and although connections go on through its virtual servers of IPVS, which end.
     #[arg(long, requires = "kube_proxy")]
     pub force: bool,
 

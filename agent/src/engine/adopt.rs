@@ -3,7 +3,8 @@
 //! Its rules decide only where a connection goes to begin with. From then on the tracking's entry translates, with the rules or
 //! without, as long as packets get there; but ours are met before it, on the way in from the network, and would give a
 //! connection under way to a backend that does not know it. So flows that the tracking translates get entries that say so,
-//! and the programs let their packets pass.
+//! and the programs let their packets pass. Connections of IPVS, which keeps its own table and notes its changes in the
+//! tracking, are among them; they last as long as its virtual servers.
 //!
 //! ```text
 //! read the tracking -> entries -> attach, with `ADOPTING`: connections under way and unknown pass -> read again -> entries -> no `ADOPTING`
@@ -156,6 +157,7 @@ mod tests {
             dialled: "192.0.2.2:30080".parse().unwrap(),
             backend: "10.0.0.1:8080".parse().unwrap(),
             answered: "192.0.2.2:61000".parse().unwrap(),
+            by_ipvs: false,
         };
         assert_eq!(entry(&flow(UDP), None, Duration::ZERO), None);
         let (key, entry) = entry(&flow(6), None, Duration::from_secs(1)).unwrap();
@@ -171,6 +173,7 @@ mod tests {
             dialled: "192.0.2.2:30080".parse().unwrap(),
             backend: "10.0.0.1:8080".parse().unwrap(),
             answered: answered.parse().unwrap(),
+            by_ipvs: false,
         };
         assert_eq!(taken(&flow("192.0.2.1:4000"), Duration::ZERO), None);
         let (key, entry) = taken(&flow("192.0.2.2:61000"), Duration::ZERO).unwrap();

@@ -22,8 +22,10 @@ const DESTINATION_CHANGED: u32 = 1 << 5;
 /// From here on a TCP connection is over: TIME_WAIT, CLOSE.
 const TCP_OVER: u8 = 7;
 const TCP: u8 = 6;
+const UDP: u8 = 17;
 
-/// A flow whose destination the kernel changes.
+/// A flow whose destination the kernel changes: by rules of NAT, or by IPVS, which says so here while `net.ipv4.vs.conntrack` is 1 (a
+/// kube-proxy sets it).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Translated {
     /// IANA protocol number.
@@ -36,9 +38,11 @@ pub struct Translated {
     pub backend: SocketAddr,
     /// Whom it answers: the client, or in whose name the kernel sends the client's packets on.
     pub answered: SocketAddr,
+    /// IPVS changes it, and only while it has the virtual server.
+    pub by_ipvs: bool,
 }
 
-/// Every flow under way whose destination is changed, with ports.
+/// Every flow under way whose destination is changed, with ports. Not datagrams of IPVS, which any backend may have.
 ///
 /// # Errors
 /// What the kernel says; also that it tracks no connections.
@@ -47,14 +51,15 @@ pub fn translated() -> Result<Vec<Translated>, Refused> {
 }
 
 fn read(attributes: Attributes<'_>) -> Option<Translated> {
-    if attributes.be32(STATUS)? & DESTINATION_CHANGED == 0 {
-        return None;
-    }
+    let by_ipvs = attributes.be32(STATUS)? & DESTINATION_CHANGED == 0;
     let (protocol, client, dialled) = tuple(attributes.nested(TUPLE_ORIGINAL)?)?;
     let (_, backend, answered) = tuple(attributes.nested(TUPLE_REPLY)?)?;
+    if backend == dialled || (by_ipvs && protocol == UDP) {
+        return None;
+    }
     let tcp = || attributes.nested(PROTOCOL_INFO)?.nested(TCP_INFO)?.get(TCP_STATE)?.first().copied();
     let over = protocol == TCP && tcp().is_some_and(|state| state >= TCP_OVER);
-    (!over && backend != dialled).then_some(Translated { protocol, client, dialled, backend, answered })
+    (!over).then_some(Translated { protocol, client, dialled, backend, answered, by_ipvs })
 }
 
 /// Protocol, source, destination.

@@ -1,11 +1,14 @@
 //! Messages and attributes, byte by byte.
 
 use nix::errno::Errno;
+use nix::sys::socket::SockProtocol;
 
 /// Length, type, flags, sequence, port.
 const HEADER: usize = 16;
-/// nfnetlink's own: family, version, resource.
+/// nfnetlink's own: family, version, resource. Generic netlink's is as long: command, version, nothing.
 const GENERIC: usize = 4;
+/// `IPSET_ERR_BUSY`. Errors from 4096 on are ipset's own.
+const SET_BUSY: i32 = 4100;
 /// Type bit of attributes that hold attributes.
 const NESTED: u16 = 0x8000;
 /// Bits of an attribute's type that are none of its number.
@@ -13,8 +16,11 @@ const TYPE_BITS: u16 = 0xc000;
 
 /// What is asked of the kernel.
 pub struct Request {
+    /// Where it is asked.
+    pub protocol: SockProtocol,
     kind: u16,
     family: u8,
+    version: u8,
     resource: u16,
     attributes: Vec<u8>,
 }
@@ -22,12 +28,18 @@ pub struct Request {
 impl Request {
     /// A message of `subsystem`.
     pub fn new(subsystem: u16, number: u16, family: u8) -> Self {
-        Self { kind: subsystem << 8 | number, family, resource: 0, attributes: Vec::new() }
+        Self { family, ..Self::bare(subsystem << 8 | number, 0) }
+    }
+
+    /// A command of a family of generic netlink, by the number that the kernel gave the family.
+    pub fn generic(family: u16, command: u8) -> Self {
+        Self { protocol: SockProtocol::NetlinkGeneric, family: command, version: 1, ..Self::bare(family, 0) }
     }
 
     /// The start or end of a batch for `subsystem`.
     pub fn bare(kind: u16, subsystem: u16) -> Self {
-        Self { kind, family: 0, resource: subsystem, attributes: Vec::new() }
+        let protocol = SockProtocol::NetlinkNetFilter;
+        Self { protocol, kind, family: 0, version: 0, resource: subsystem, attributes: Vec::new() }
     }
 
     /// With an attribute.
@@ -54,7 +66,7 @@ impl Request {
         bytes.extend(flags.to_ne_bytes());
         bytes.extend(sequence.to_ne_bytes());
         bytes.extend([0; 4]);
-        bytes.extend([self.family, 0]);
+        bytes.extend([self.family, self.version]);
         bytes.extend(self.resource.to_be_bytes());
         bytes.extend(&self.attributes);
         bytes
@@ -82,7 +94,7 @@ pub struct Message<'a> {
     pub kind: u16,
     /// Netlink's flags.
     pub flags: u16,
-    /// Of nfnetlink's header.
+    /// Of nfnetlink's header; the command of generic netlink's.
     pub family: u8,
     body: &'a [u8],
 }
@@ -96,7 +108,11 @@ impl<'a> Message<'a> {
     /// The verdict of an error message, which also says that all is well.
     pub fn error(&self) -> nix::Result<()> {
         let code = self.body.get(..4).and_then(|bytes| bytes.try_into().ok()).map_or(0, i32::from_ne_bytes);
-        if code == 0 { Ok(()) } else { Err(Errno::from_raw(-code)) }
+        match -code {
+            0 => Ok(()),
+            SET_BUSY => Err(Errno::EBUSY),
+            code => Err(Errno::from_raw(code)),
+        }
     }
 }
 
@@ -157,7 +173,17 @@ impl<'a> Attributes<'a> {
         Some(u32::from_be_bytes(self.get(wanted)?.try_into().ok()?))
     }
 
-    /// The same of 64 bits.
+    /// A number in the host's byte order.
+    pub fn ne16(self, wanted: u16) -> Option<u16> {
+        Some(u16::from_ne_bytes(self.get(wanted)?.try_into().ok()?))
+    }
+
+    /// The same of 32 bits.
+    pub fn ne32(self, wanted: u16) -> Option<u32> {
+        Some(u32::from_ne_bytes(self.get(wanted)?.try_into().ok()?))
+    }
+
+    /// 64 bits in network byte order.
     pub fn be64(self, wanted: u16) -> Option<u64> {
         Some(u64::from_be_bytes(self.get(wanted)?.try_into().ok()?))
     }

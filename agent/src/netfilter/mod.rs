@@ -1,9 +1,11 @@
-//! nfnetlink, as far as the agent needs it: what a kube-proxy left in the kernel is seen and removed without its tools.
+//! nfnetlink, and generic netlink for IPVS, as far as the agent needs them: what a kube-proxy left in the kernel is seen and
+//! removed without its tools.
 //!
-//! Messages: `<linux/netlink.h>`, `<linux/netfilter/nfnetlink.h>`. Everything is of the network namespace of the thread that asks.
+//! Messages: `<linux/netlink.h>`, `<linux/netfilter/nfnetlink.h>`, `<linux/genetlink.h>`. Everything is of the network namespace of the thread that asks.
 
 pub mod conntrack;
 pub mod ipset;
+pub mod ipvs;
 mod message;
 pub mod nft;
 
@@ -57,9 +59,8 @@ impl Refused {
 struct Socket(OwnedFd);
 
 impl Socket {
-    fn open() -> Result<Self, Refused> {
+    fn open(protocol: SockProtocol) -> Result<Self, Refused> {
         let open = || -> nix::Result<Self> {
-            let protocol = SockProtocol::NetlinkNetFilter;
             let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
             setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(10))?;
             // Batches are one message to the kernel. Without the right to larger buffers the usual ones have to do.
@@ -67,7 +68,7 @@ impl Socket {
             let _ = setsockopt(&socket, sockopt::RcvBufForce, &(4 << 20));
             Ok(Self(socket))
         };
-        open().map_err(|errno| Refused { what: "nfnetlink", errno })
+        open().map_err(|errno| Refused { what: "netlink", errno })
     }
 
     fn send(&self, bytes: &[u8]) -> nix::Result<()> {
@@ -100,7 +101,7 @@ fn dump<T>(
     let bytes = request.to_bytes(FLAG_REQUEST | FLAG_DUMP, 1);
     let mut last = Errno::EINTR;
     for _ in 0..DUMPS {
-        let socket = Socket::open()?;
+        let socket = Socket::open(request.protocol)?;
         let (mut found, mut interrupted) = (Vec::new(), false);
         let done = socket.send(&bytes).and_then(|()| {
             socket.read(|message| {
@@ -124,9 +125,29 @@ fn dump<T>(
     Err(Refused { what, errno: last })
 }
 
+/// The one object that `request` is answered with.
+fn get<T>(
+    what: &'static str,
+    request: &Request,
+    read: impl Fn(Attributes<'_>) -> Option<T>,
+) -> Result<Option<T>, Refused> {
+    let socket = Socket::open(request.protocol)?;
+    let mut found = None;
+    let done = socket.send(&request.to_bytes(FLAG_REQUEST, 1)).and_then(|()| {
+        socket.read(|message| {
+            if message.kind == ERROR {
+                message.error()?;
+            }
+            found = read(message.attributes());
+            Ok(true)
+        })
+    });
+    done.map(|()| found).map_err(|errno| Refused { what, errno })
+}
+
 /// One change, done when this returns.
 fn change(what: &'static str, request: Request, flags: u16) -> Result<(), Refused> {
-    let socket = Socket::open()?;
+    let socket = Socket::open(request.protocol)?;
     let bytes = request.to_bytes(FLAG_REQUEST | FLAG_ACK | flags, 1);
     let done = socket.send(&bytes).and_then(|()| {
         socket.read(|message| match message.kind {
@@ -147,7 +168,7 @@ fn batch(what: &'static str, subsystem: u16, requests: &[(Request, u16)]) -> Res
         bytes.extend(request.to_bytes(FLAG_REQUEST | flags | ack, index as u32 + 1));
     }
     bytes.extend(Request::bare(BATCH_END, subsystem).to_bytes(FLAG_REQUEST, 0));
-    let socket = Socket::open()?;
+    let socket = Socket::open(SockProtocol::NetlinkNetFilter)?;
     let done = socket.send(&bytes).and_then(|()| {
         socket.read(|message| match message.kind {
             ERROR => message.error().map(|()| true),

@@ -1,7 +1,8 @@
 //! `cargo xtask kernels`: the data plane on kernels other than this machine's, under QEMU without KVM.
 //!
 //! `tests/kernels/image` makes what is booted, `tests/kernels/guest/plan` is what runs inside, and what the guest
-//! prints on its serial line is judged here. `storage` is a guest of its own, with disks, for volumes.
+//! prints on its serial line is judged here. `storage` is a guest of its own, with disks, for volumes, and `ipvs` one
+//! for what a former kube-proxy of that mode left.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,6 +18,8 @@ const SERIES: &[&str] = &["6.1", "6.12"];
 const STORAGE: (&str, &str) = ("storage", "6.12");
 /// Its disk, for a volume group; a sparse file.
 const DISK_BYTES: u64 = 4 << 30;
+/// The guest for a former kube-proxy's IPVS, and its kernel.
+const IPVS: (&str, &str) = ("ipvs", "6.1");
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const IMAGE_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// An emulated CPU is some twenty times slower than a real one, and CI's machines are busy: it takes four minutes on a quiet one.
@@ -38,13 +41,27 @@ const STORAGE_PROGRAMS: &[&str] = &[
     "/usr/sbin/mkfs.xfs",
     "/usr/sbin/mkfs.btrfs",
 ];
+/// What the tests of IPVS run there, under the names of their call.
+const IPVS_PROGRAMS: &[&str] = &[
+    "/usr/sbin/ip=ip",
+    "/usr/sbin/ipset=ipset",
+    "/usr/sbin/ipvsadm=ipvsadm",
+    "/usr/sbin/xtables-nft-multi=iptables",
+    "/usr/sbin/xtables-nft-multi=iptables-save",
+    "/usr/sbin/xtables-nft-multi=iptables-restore",
+    "/usr/sbin/xtables-nft-multi=ip6tables",
+    "/usr/sbin/xtables-nft-multi=ip6tables-save",
+    "/usr/sbin/xtables-nft-multi=ip6tables-restore",
+    // The agent's client wants some authority to trust, whomever it talks to.
+    "/etc/ssl/certs/ca-certificates.crt",
+];
 const CNITOOL: &str = "github.com/containernetworking/cni/cnitool";
 
 /// Boots the named kernels, or all of them; `Ok(false)` when a check failed in one.
 pub fn run(names: &[String]) -> anyhow::Result<bool> {
     for name in names {
-        let known = SERIES.contains(&name.as_str()) || name == STORAGE.0;
-        ensure!(known, "no kernel {name:?}; there are: {}, {}", SERIES.join(", "), STORAGE.0);
+        let known = SERIES.contains(&name.as_str()) || name == STORAGE.0 || name == IPVS.0;
+        ensure!(known, "no kernel {name:?}; there are: {}, {}, {}", SERIES.join(", "), IPVS.0, STORAGE.0);
     }
     let work = target_directory().join("kernels");
     std::fs::create_dir_all(&work).with_context(|| work.display().to_string())?;
@@ -56,6 +73,10 @@ pub fn run(names: &[String]) -> anyhow::Result<bool> {
         for series in chosen {
             rows.push(boot(&Guest { series, plan: None, programs: &programs }, &work.join(series))?);
         }
+    }
+    if wanted(IPVS.0) {
+        let programs = build_ipvs(&work)?;
+        rows.push(boot(&Guest { series: IPVS.1, plan: Some(IPVS.0), programs: &programs }, &work.join(IPVS.0))?);
     }
     if wanted(STORAGE.0) {
         let programs = build_storage(&work)?;
@@ -127,21 +148,45 @@ fn build_storage(work: &Path) -> anyhow::Result<Vec<String>> {
             path.with_context(|| format!("cargo does not say where the test {name} is"))?.into(),
         ));
     }
+    let mut programs = stripped(work, built)?;
+    programs.extend(cached("csi-sanity")?);
+    programs.extend(STORAGE_PROGRAMS.iter().map(|&name| name.to_owned()));
+    Ok(programs)
+}
+
+/// Builds the agent and what stands in for an API server, and names what the guest with a kube-proxy runs.
+fn build_ipvs(work: &Path) -> anyhow::Result<Vec<String>> {
+    println!("==> building the agent for the guest with a kube-proxy");
+    let debug = target_directory().join("debug");
+    step("other", &["cargo", "build", "--locked", "--package=keelway-agent"], work, BUILD_LIMIT)?;
+    let lab =
+        ["cargo", "build", "--locked", "--package=keelway-lab", "--bin=keelway-memory-api", "--bin=keelway-probe"];
+    step("lab", &lab, work, BUILD_LIMIT)?;
+    let built =
+        ["keelway-agent", "keelway-memory-api", "keelway-probe"].map(|name| (name.to_owned(), debug.join(name)));
+    let mut programs = stripped(work, built.into())?;
+    programs.extend(cached("kube-proxy")?);
+    programs.extend(IPVS_PROGRAMS.iter().map(|&name| name.to_owned()));
+    Ok(programs)
+}
+
+/// Programs by the names that they get, for `tests/kernels/image`: with what debuggers need, a guest would take minutes to read them.
+fn stripped(work: &Path, built: Vec<(String, PathBuf)>) -> anyhow::Result<Vec<String>> {
     let mut programs = Vec::new();
     for (name, path) in built {
-        // With what debuggers need, the guest would take minutes to read them.
         let stripped = work.join(format!("{name}-stripped")).display().to_string();
         step("strip", &["strip", "-o", &stripped, &path.display().to_string()], work, BUILD_LIMIT)?;
         programs.push(format!("{stripped}={name}"));
     }
+    Ok(programs)
+}
+
+/// A program of Kubernetes', if it is built; without it the guest skips what it is for.
+fn cached(name: &str) -> anyhow::Result<Option<String>> {
     let cache = std::env::var_os("KEELWAY_CACHE").map(PathBuf::from);
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/keelway")));
-    let sanity = cache.context("HOME is not set")?.join("bin/csi-sanity");
-    if sanity.exists() {
-        programs.push(format!("{}=csi-sanity", sanity.display()));
-    }
-    programs.extend(STORAGE_PROGRAMS.iter().map(|&name| name.to_owned()));
-    Ok(programs)
+    let path = cache.context("HOME is not set")?.join("bin").join(name);
+    Ok(path.exists().then(|| format!("{}={name}", path.display())))
 }
 
 /// A path below `work` that holds in any directory.
@@ -187,6 +232,8 @@ fn boot(guest: &Guest<'_>, work: &Path) -> anyhow::Result<Row> {
     let drive = format!("file={out}/disk,if=virtio,format=raw,cache=unsafe,discard=unmap");
     if let Some(plan) = guest.plan {
         append = format!("{append} keelway.plan={plan}");
+    }
+    if guest.plan == Some(STORAGE.0) {
         let disk = work.join("disk");
         let made = std::fs::File::create(&disk).and_then(|file| file.set_len(DISK_BYTES));
         made.with_context(|| disk.display().to_string())?;

@@ -68,6 +68,11 @@ impl MemoryApi {
         };
         // A thread of its own enters the namespace; the socket stays there.
         let listener = std::thread::spawn(bind).join().expect("binding does not panic")?;
+        Self::serve(listener, SocketAddr::new(host.v4.into(), 8001))
+    }
+
+    /// Answers at `listener`, which clients reach at `address`.
+    pub fn serve(listener: std::net::TcpListener, address: SocketAddr) -> Result<Self> {
         listener.set_nonblocking(true)?;
         let store = Store { objects: KINDS.map(|(plural, ..)| (plural, BTreeMap::new())).into(), log: Vec::new() };
         let shared = Arc::new(Shared { store: Mutex::new(store), newest: watch::Sender::new(0) });
@@ -75,7 +80,7 @@ impl MemoryApi {
         let router = Router::new().fallback(answer).with_state(Arc::clone(&shared));
         let listener = runtime.block_on(async { tokio::net::TcpListener::from_std(listener) })?;
         runtime.spawn(async move { axum::serve(listener, router).await });
-        Ok(Self { shared, address: SocketAddr::new(host.v4.into(), 8001), _runtime: runtime })
+        Ok(Self { shared, address, _runtime: runtime })
     }
 
     /// Writes a kubeconfig for its clients.

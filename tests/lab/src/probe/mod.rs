@@ -11,6 +11,7 @@ mod watch;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
@@ -91,6 +92,9 @@ pub struct Flow {
     /// How long to send, in seconds.
     #[arg(long, default_value_t = 5.0)]
     pub seconds: f64,
+    /// Ends earlier when there is a file of this name.
+    #[arg(long)]
+    pub until: Option<PathBuf>,
 }
 
 /// Packets that arrive.
@@ -278,7 +282,8 @@ mod tests {
             assert_eq!((report.answers.get("me"), report.wrong_source), (Some(&5), 0), "{report:?}");
         }
         for udp in [false, true] {
-            let flowed = flow::flow(&Flow { target, udp, unconnected: udp, rate: 1000, seconds: 0.3 }).unwrap();
+            let flowed =
+                flow::flow(&Flow { target, udp, unconnected: udp, rate: 1000, seconds: 0.3, until: None }).unwrap();
             assert!(flowed.lost() == 0 && flowed.sent >= 250 && flowed.failures.is_empty(), "{flowed:?}");
         }
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
