@@ -5,8 +5,8 @@
 //! A connection to a pod that no longer exists has nobody to say so: it is ended too, which an NFS mount (a socket of the kernel)
 //! answers by dialling the Service anew. Unconnected sockets are left alone.
 //!
-//! Both wait a little: an answer that is on its way when the backend leaves is still to be read, and a backend that comes back at once
-//! loses nobody.
+//! Both wait a little, from when it last left: an answer that is on its way when the backend leaves is still to be read, and a backend
+//! that comes back at once loses nobody, whether it stays then or not.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -68,7 +68,12 @@ fn sort(gone: impl Iterator<Item = Gone>, leaving: &mut BTreeMap<Gone, Instant>,
     let mut connections = BTreeSet::new();
     for one in gone {
         match one.proto {
-            UDP => _ = leaving.entry(one).or_insert(due),
+            UDP => {
+                // It was back meanwhile, perhaps under another number: who dialled it then has as long, too.
+                let same = Gone { id: 0, ..one }..=Gone { id: u32::MAX, ..one };
+                leaving.range_mut(same).for_each(|(_, until)| *until = due);
+                leaving.insert(one, due);
+            }
             TCP => _ = connections.insert(one),
             _ => {}
         }
@@ -119,13 +124,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_backend_that_leaves_twice_gets_no_more_time() {
+    fn a_backend_that_leaves_again_has_its_time_again() {
         let at = |last: u8| SocketAddr::from(([10, 244, 0, last], 53));
-        let gone = |last, proto| Gone { backend: at(last), proto, id: last.into() };
+        let gone = |last, proto, id| Gone { backend: at(last), proto, id };
         let (mut leaving, now) = (BTreeMap::new(), Instant::now());
-        assert_eq!(sort([gone(1, UDP), gone(3, TCP)].into_iter(), &mut leaving, now), BTreeSet::from([gone(3, TCP)]));
+        let first = [gone(1, UDP, 7), gone(2, UDP, 8), gone(3, TCP, 9)];
+        assert_eq!(sort(first.into_iter(), &mut leaving, now), BTreeSet::from([gone(3, TCP, 9)]));
+        // One that was back has another number.
         let later = now + Duration::from_secs(1);
-        assert!(sort([gone(1, UDP), gone(2, UDP)].into_iter(), &mut leaving, later).is_empty());
-        assert_eq!(leaving, BTreeMap::from([(gone(1, UDP), now), (gone(2, UDP), later)]));
+        assert!(sort([gone(1, UDP, 10), gone(4, UDP, 11)].into_iter(), &mut leaving, later).is_empty());
+        let expected = [(gone(1, UDP, 7), later), (gone(1, UDP, 10), later), (gone(2, UDP, 8), now)];
+        assert_eq!(leaving, BTreeMap::from_iter(expected.into_iter().chain([(gone(4, UDP, 11), later)])));
     }
 }
