@@ -13,7 +13,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
 
 use crate::process::Process;
-use crate::sh::wait_for;
+use crate::sh::{SOON, wait_for};
 use crate::{Lab, Node, sh};
 
 /// Where agents are to dial, within the node.
@@ -79,7 +79,7 @@ impl<'a> SmallApi<'a> {
         let mut this = Self { node, kubectl: bin.join("kubectl"), hold, processes: Vec::new(), dir: dir.clone() };
         this.processes.push(node.spawn("api-etcd", &etcd)?);
         this.processes.push(node.spawn("api-server", &api)?);
-        wait_for("the API server", Duration::from_secs(90), || {
+        wait_for("the API server", 3 * SOON, || {
             this.processes.iter_mut().try_for_each(Process::check)?;
             let args = [program("kubectl"), format!("--kubeconfig={}", file("admin.conf"))];
             let said = node.run(&[&args[..], &["get".into(), "--raw=/readyz".into()]].concat())?;

@@ -11,7 +11,7 @@ use keelway_lab::sh::{self, wait_for};
 const OBJECTS: &str = include_str!("../../fixtures/cluster-storage.yaml");
 
 /// How long the sidecars and the kubelet may take for one thing, on a machine that is busy with others.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(300);
 
 #[test]
 fn a_claim_lives_from_its_first_byte_to_nothing_left() {
@@ -39,8 +39,8 @@ impl Claims {
     fn story(&self) -> Result<()> {
         self.capacity()?;
         self.cluster.apply(OBJECTS)?;
-        self.kubectl(&["rollout", "status", "statefulset/db", "--timeout=180s"])?;
-        self.cluster.wait(&["pod/first", "--for=condition=Ready"], 180)?;
+        self.kubectl(&["rollout", "status", "statefulset/db", "--timeout=300s"])?;
+        self.cluster.wait(&["pod/first", "--for=condition=Ready"], 300)?;
         self.group()?;
         self.device()?;
         self.one_pod_alone()?;
@@ -138,7 +138,7 @@ impl Claims {
         })?;
         ensure!(self.path("pod/second", "{.status.phase}")? == "Pending", "two pods have the volume");
         self.kubectl(&["delete", "pod/first"])?;
-        self.cluster.wait(&["pod/second", "--for=condition=Ready"], 180)?;
+        self.cluster.wait(&["pod/second", "--for=condition=Ready"], 300)?;
         ensure!(self.shell("second", "busybox cat /data/file")? == "mine", "the second pod has other data");
         self.kubectl(&["delete", "pod/second"]).map(drop)
     }
@@ -228,7 +228,7 @@ impl Claims {
 
     fn another_pod(&self) -> Result<()> {
         self.kubectl(&["delete", "pod/db-0"])?;
-        self.kubectl(&["rollout", "status", "statefulset/db", "--timeout=180s"])?;
+        self.kubectl(&["rollout", "status", "statefulset/db", "--timeout=300s"])?;
         ensure!(self.shell("db-0", "busybox cat /data/file")? == "after", "the new pod has other data");
         Ok(())
     }
@@ -244,7 +244,7 @@ impl Claims {
             ensure!(self.path("pod/db-0", "{.metadata.uid}")? != old, "it is the one that was deleted");
             Ok(())
         })?;
-        self.kubectl(&["rollout", "status", "statefulset/db", "--timeout=180s"])?;
+        self.kubectl(&["rollout", "status", "statefulset/db", "--timeout=300s"])?;
         ensure!(self.shell("db-0", "busybox cat /data/file")? == "after", "the new pod has other data");
         wait_for("the old pod's mount to go", LIMIT, || {
             let mounts = node.run(&["cat", "/proc/mounts"])?;

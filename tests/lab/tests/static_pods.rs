@@ -22,7 +22,7 @@ fn a_static_pod_gets_its_network_and_keeps_it_without_its_mirror() {
     let cluster = Cluster::up("static", 1).unwrap();
     let node = cluster.lab.node(1);
     install::keelway(&cluster).unwrap();
-    cluster.wait(&["node", "--all", "--for=condition=Ready"], 120).unwrap();
+    cluster.wait(&["node", "--all", "--for=condition=Ready"], 300).unwrap();
     node.run(&["sh", "-c", &format!("cat > {STATIC_PODS}/fixed.yaml <<'END'\n{POD}END\n")]).unwrap();
     let get = |path: &str| cluster.kubectl(&["get", "pod", "fixed-node1", "-o", &format!("jsonpath={path}")]);
     let running = || {
@@ -36,7 +36,7 @@ fn a_static_pod_gets_its_network_and_keeps_it_without_its_mirror() {
     let address = running();
     let client = POD.replace("name: fixed, labels: {app: fixed}", "name: client");
     wait_for("the default service account", SOON, || cluster.apply(&client)).unwrap();
-    cluster.wait(&["pod/client", "--for=condition=Ready"], 60).unwrap();
+    cluster.wait(&["pod/client", "--for=condition=Ready"], 300).unwrap();
     let target = format!("{address}:8080");
     let reaches = || {
         let ask = ["exec", "client", "--", "keelway-probe", "ask", &target, "--count", "1", "--timeout", "500"];

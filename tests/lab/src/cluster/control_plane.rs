@@ -1,13 +1,12 @@
 //! etcd, kube-apiserver, kube-controller-manager and kube-scheduler on a machine that is no node.
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
 use super::pki::Pki;
 use crate::host::Host;
 use crate::process::Process;
-use crate::sh::wait_for;
+use crate::sh::{SOON, wait_for};
 
 /// Of pods, IPv4 and IPv6.
 pub const POD_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
@@ -51,7 +50,7 @@ pub fn start(host: &Host, bin: &Path, pki: &Pki) -> Result<()> {
 
     let kubectl =
         [program("kubectl"), format!("--kubeconfig={}", admin.display()), "get".into(), "--raw=/readyz".into()];
-    wait_for("the API server", Duration::from_secs(90), || {
+    wait_for("the API server", 3 * SOON, || {
         etcd.check()?;
         api.check()?;
         ensure!(host.run(&kubectl)?.trim() == "ok", "it is not ready");

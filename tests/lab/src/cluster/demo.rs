@@ -25,7 +25,7 @@ pub fn run() -> Result<bool> {
     });
     story.step("CoreDNS runs as pods", || {
         install::coredns(&cluster)?;
-        cluster.kubectl(&["-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=90s"])?;
+        cluster.kubectl(&["-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=300s"])?;
         let pods = [
             "-n",
             "kube-system",
@@ -41,8 +41,8 @@ pub fn run() -> Result<bool> {
     });
     cluster.apply(WORKLOAD)?;
     story.step("a StatefulSet with a PersistentVolumeClaim for each pod, bound by our driver", || {
-        cluster.kubectl(&["rollout", "status", "statefulset/web", "--timeout=120s"])?;
-        cluster.wait(&["pod/client", "--for=condition=Ready"], 60)?;
+        cluster.kubectl(&["rollout", "status", "statefulset/web", "--timeout=300s"])?;
+        cluster.wait(&["pod/client", "--for=condition=Ready"], 300)?;
         let claims = cluster.kubectl(&["get", "pvc", "--no-headers"])?;
         Ok((claims.matches(" Bound ").count() == 2, squeeze(&claims)))
     });
@@ -95,7 +95,7 @@ pub fn run() -> Result<bool> {
     story.step("a pod's data outlives the pod", || {
         in_pod(&cluster, "web-0", &["busybox", "sh", "-c", "echo kept >/data/file && sync"])?;
         cluster.kubectl(&["delete", "pod", "web-0"])?;
-        cluster.wait(&["pod/web-0", "--for=condition=Ready"], 90)?;
+        cluster.wait(&["pod/web-0", "--for=condition=Ready"], 300)?;
         let read = in_pod(&cluster, "web-0", &["busybox", "cat", "/data/file"])?;
         Ok((read.trim() == "kept", format!("the new web-0 read \"{}\"", read.trim())))
     });
@@ -141,9 +141,9 @@ pub fn run() -> Result<bool> {
 pub fn ready(cluster: &Cluster) -> Result<()> {
     for name in ["keelway-agent", "keelway-csi"] {
         let set = format!("daemonset/{name}");
-        cluster.kubectl(&["-n", "kube-system", "rollout", "status", &set, "--timeout=120s"])?;
+        cluster.kubectl(&["-n", "kube-system", "rollout", "status", &set, "--timeout=300s"])?;
     }
-    cluster.wait(&["node", "--all", "--for=condition=Ready"], 60)
+    cluster.wait(&["node", "--all", "--for=condition=Ready"], 300)
 }
 
 fn ask(cluster: &Cluster, pod: &str, target: &str, options: &[&str]) -> Result<Asked> {

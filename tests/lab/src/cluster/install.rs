@@ -44,7 +44,7 @@ pub fn limit_volumes(cluster: &Cluster, volumes: u32) -> Result<()> {
     let path = "/spec/template/spec/containers/0/args/-";
     let patch = format!(r#"[{{"op": "add", "path": "{path}", "value": "--max-volumes={volumes}"}}]"#);
     cluster.kubectl(&["-n", "kube-system", "patch", "daemonset/keelway-csi", "--type=json", "-p", &patch])?;
-    cluster.kubectl(&["-n", "kube-system", "rollout", "status", "daemonset/keelway-csi", "--timeout=120s"]).map(drop)
+    cluster.kubectl(&["-n", "kube-system", "rollout", "status", "daemonset/keelway-csi", "--timeout=300s"]).map(drop)
 }
 
 /// Applies upstream's snapshot definitions, its snapshot-controller and our csi-snapshotter, and waits for both.
@@ -52,7 +52,7 @@ pub fn snapshots(cluster: &Cluster) -> Result<()> {
     cluster.apply_kustomization(&programs::snapshot_definitions()?)?;
     cluster.apply_kustomization(&root().join("deploy/snapshots"))?;
     for name in ["deployment/snapshot-controller", "daemonset/keelway-csi-snapshotter"] {
-        cluster.kubectl(&["-n", "kube-system", "rollout", "status", name, "--timeout=120s"])?;
+        cluster.kubectl(&["-n", "kube-system", "rollout", "status", name, "--timeout=300s"])?;
     }
     Ok(())
 }

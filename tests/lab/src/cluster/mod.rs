@@ -14,7 +14,6 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -100,7 +99,7 @@ impl Cluster {
     /// The API server reaches pods and webhooks, and is no node: it reaches each node's pods through that node.
     pub fn route_pods(&self, node: &Node) -> Result<()> {
         let path = "jsonpath={.spec.podCIDRs[0]} {.spec.podCIDRs[1]}";
-        let cidrs = wait_for(&format!("{} to register", node.name), Duration::from_secs(90), || {
+        let cidrs = wait_for(&format!("{} to register", node.name), 3 * SOON, || {
             let text = self.kubectl(&["get", "node", &node.name, "-o", path])?;
             let (v4, v6) = text.trim().split_once(' ').context("no pod CIDRs yet")?;
             ensure!(!v6.is_empty(), "no pod CIDRs yet");
