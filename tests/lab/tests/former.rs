@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use keelway_lab::probe::{Asked, Flowed};
 use keelway_lab::sh::{self, SOON, wait_for};
 use keelway_lab::small_api::SmallApi;
-use keelway_lab::{Lab, Node};
+use keelway_lab::{Lab, Node, Process};
 use nix::sys::signal::Signal;
 
 const FOREIGN: &str = "ip netns add elsewhere && ip link add veth-e type veth peer name eth0 netns elsewhere \
@@ -90,6 +90,13 @@ fn flows(lab: &Lab, seconds: &str) -> Vec<(String, Running)> {
     started
 }
 
+/// The backends of [`kube::service`], on the second node.
+fn servers(lab: &Lab) -> [Process; 2] {
+    let probe = sh::own("keelway-probe").unwrap().display().to_string();
+    [("b1", "8080"), ("b2", "8081")]
+        .map(|(name, port)| lab.node(2).spawn(name, &[&probe, "serve", "--name", name, "--port", port]).unwrap())
+}
+
 fn change_over(mode: &str, legacy: bool) {
     if let Some(reason) = kube::missing() {
         println!("skipped: {reason}");
@@ -98,10 +105,7 @@ fn change_over(mode: &str, legacy: bool) {
     let lab = Lab::new(2).unwrap();
     let node = lab.node(1);
     let probe = sh::own("keelway-probe").unwrap().display().to_string();
-    let servers: Vec<_> = [("b1", "8080"), ("b2", "8081")]
-        .iter()
-        .map(|(name, port)| lab.node(2).spawn(name, &[&probe, "serve", "--name", name, "--port", port]).unwrap())
-        .collect();
+    let servers = servers(&lab);
     node.run(&["sh", "-c", FOREIGN]).unwrap();
     for (family, net, via) in
         [("-4", "10.200.0.0/24", node.v4.to_string()), ("-6", "fd00:200::/64", node.v6.to_string())]
@@ -198,8 +202,7 @@ fn a_port_that_the_kernel_gave_to_a_connection_is_given_to_nobody_else() {
     let lab = Lab::new(2).unwrap();
     let node = lab.node(1);
     let probe = sh::own("keelway-probe").unwrap().display().to_string();
-    let _servers = [("b1", "8080"), ("b2", "8081")]
-        .map(|(name, port)| lab.node(2).spawn(name, &[&probe, "serve", "--name", name, "--port", port]).unwrap());
+    let _servers = servers(&lab);
     let api = SmallApi::start(&lab, "pods").unwrap();
     kube::node(&api, node);
     kube::service(&api, lab.node(2));
