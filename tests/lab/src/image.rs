@@ -20,6 +20,7 @@ const NAME_SERVICES: [&str; 4] = ["/etc/nsswitch.conf", "libnss_dns.so.2", "libn
 pub struct Image {
     reference: String,
     entrypoint: Vec<String>,
+    arguments: Vec<String>,
     files: BTreeMap<PathBuf, Content>,
 }
 
@@ -42,8 +43,16 @@ impl Image {
         Self {
             reference: reference.to_owned(),
             entrypoint: entrypoint.iter().map(|&word| word.to_owned()).collect(),
+            arguments: Vec::new(),
             files,
         }
+    }
+
+    /// What the entry point is given by who gives it nothing.
+    #[must_use]
+    pub fn arguments(mut self, arguments: &[&str]) -> Self {
+        self.arguments = arguments.iter().map(|&word| word.to_owned()).collect();
+        self
     }
 
     /// Adds a program or another file, and the libraries that it is linked to.
@@ -103,7 +112,11 @@ impl Image {
         let config = json!({
             "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
             "os": "linux",
-            "config": {"Entrypoint": self.entrypoint, "Env": ["PATH=/:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
+            "config": {
+                "Entrypoint": self.entrypoint,
+                "Cmd": self.arguments,
+                "Env": ["PATH=/:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            },
             "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex(&layer))]},
         });
         let config = serde_json::to_vec(&config)?;

@@ -63,7 +63,8 @@ pub fn write(bin: &Path, dir: &Path) -> Result<Vec<PathBuf>> {
             "-out",
             &certificate_path,
         ])?;
-        let image = tools(Image::new(AGNHOST, &["/agnhost"]))?.file(&bin.join("agnhost"), "/agnhost")?;
+        let image =
+            tools(Image::new(AGNHOST, &["/agnhost"]).arguments(&["pause"]))?.file(&bin.join("agnhost"), "/agnhost")?;
         // With a server for names of a spec's own.
         let image = image.file(&bin.join("coredns"), "/coredns")?;
         let image = image
