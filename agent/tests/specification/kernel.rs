@@ -14,6 +14,8 @@ use keelway_maps::{Datapath, Run, Table as _, XdpMode};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
 
+use crate::packet;
+
 pub const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 pub const OTHER_NODE: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
 const POD_NETS: [(&str, u32); 4] =
@@ -89,6 +91,8 @@ pub struct Did {
     pub run: Run,
     /// How often each reason was counted at the hook.
     pub counted: Vec<Reason>,
+    /// The network id under which the hook before tc's sent it through the tunnel; `run.packet` is what was inside.
+    pub tunnelled: Option<u32>,
 }
 
 /// The tables, the programs, and the agent's writer of Services.
@@ -101,6 +105,8 @@ pub struct Kernel {
     arrivals: u32,
     /// How many packets turned round before tc's hook.
     pub turned: usize,
+    /// How many of them went through the tunnel.
+    pub tunnelled: usize,
     /// How many packets were handed on to their backend's node as they came.
     pub handed_on: usize,
     /// How many packets of the host's own went to a backend.
@@ -115,6 +121,7 @@ fn enter_netns() {
         && ip addr add 192.0.2.1/24 dev out && ip -6 addr add 2001:db8::1/64 dev out nodad \
         && ip route add default via 192.0.2.254 && ip -6 route add default via 2001:db8::fe dev out \
         && ip neigh add 192.0.2.254 lladdr 2:0:0:0:0:9 dev out && ip neigh add 2001:db8::fe lladdr 2:0:0:0:0:9 dev out \
+        && ip neigh add 192.0.2.2 lladdr 2:0:0:0:0:9 dev out && ip neigh add 2001:db8::2 lladdr 2:0:0:0:0:9 dev out \
         && echo 1 > /proc/sys/net/ipv4/ip_forward && echo 1 > /proc/sys/net/ipv6/conf/all/forwarding";
     let done = Command::new("sh").args(["-ec", script]).output().expect("sh runs");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
@@ -140,6 +147,7 @@ impl Kernel {
             out: nix::net::if_::if_nametoindex("out").expect("the device"),
             arrivals: 0,
             turned: 0,
+            tunnelled: 0,
             handed_on: 0,
             from_host: 0,
             _bpffs: bpffs,
@@ -184,8 +192,13 @@ impl Kernel {
             }
             let (net, bits) = POD_NETS[if v6 { 3 } else { 1 }];
             let remote = ip(OTHER_NODE[usize::from(v6)]).into();
-            let remote = Tunnel { remote, flags: tunnel_flags::DSR, ..Tunnel::default() };
-            tables.tunnels.put(&PrefixKey::new(ip(net).into(), bits), &remote).expect("a tunnel");
+            let by = |remote: Addr| Tunnel { remote, flags: tunnel_flags::DSR, ..Tunnel::default() };
+            tables.tunnels.put(&PrefixKey::new(ip(net).into(), bits), &by(remote)).expect("a tunnel");
+            // An underlay of the other family, for some.
+            let remote = ip(OTHER_NODE[usize::from(!v6)]).into();
+            for last in PODS.skip(2) {
+                tables.tunnels.put(&PrefixKey::host(pod(2, last, v6).into()), &by(remote)).expect("a tunnel");
+            }
         }
     }
 
@@ -279,7 +292,12 @@ impl Kernel {
                 assert_eq!(did.run.verdict, XDP_TX, "{:?}", did.counted);
                 assert_eq!(did.run.packet[..12], [2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 1], "to the neighbour");
                 self.turned += 1;
-                return Did { run: Run { verdict: REDIRECT, ..did.run }, ..did };
+                let (inside, tunnelled) = match packet::tunnelled(&did.run.packet) {
+                    Some((inside, id)) => (inside, Some(id)),
+                    None => (did.run.packet, None),
+                };
+                self.tunnelled += usize::from(tunnelled.is_some());
+                return Did { run: Run { verdict: REDIRECT, packet: inside, ..did.run }, tunnelled, ..did };
             }
             assert!(did.run.packet == packet && did.counted.is_empty(), "left to tc as it came: {:?}", did.counted);
         }
@@ -298,7 +316,7 @@ impl Kernel {
         let counted = (0..after.len()).filter(more).map(|at| Reason::ALL[at]).collect();
         self.counters.retain(|(of, _)| *of != hook);
         self.counters.push((hook, after));
-        Did { run, counted }
+        Did { run, counted, tunnelled: None }
     }
 
     fn counters(&self, hook: Hook) -> Vec<Counter> {

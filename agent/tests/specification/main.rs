@@ -39,7 +39,9 @@ fn random_objects_and_packets_meet_what_the_reference_says() {
     let started = Instant::now();
     let (mut cases, mut packets) = (0, 0);
     // For that long, and as long as it takes to see something of everything.
-    let too_few = |kernel: &Kernel| [kernel.turned, kernel.handed_on, kernel.from_host].iter().any(|seen| *seen <= 10);
+    let too_few = |kernel: &Kernel| {
+        [kernel.turned, kernel.tunnelled, kernel.handed_on, kernel.from_host].iter().any(|seen| *seen <= 10)
+    };
     while started.elapsed() < bound || too_few(&kernel) {
         let seed = first + cases;
         let scenario = objects::scenario(&mut Random::new(seed));
@@ -53,9 +55,9 @@ fn random_objects_and_packets_meet_what_the_reference_says() {
         }
         cases += 1;
     }
-    let Kernel { turned, handed_on, from_host, .. } = kernel;
+    let Kernel { turned, tunnelled, handed_on, from_host, .. } = kernel;
     let seen = format!(
-        "{cases} cases, {packets} packets: {turned} turned round at XDP, {handed_on} handed on, {from_host} of the host"
+        "{cases} cases, {packets} packets: {turned} turned round at XDP, {tunnelled} of them through the tunnel, {handed_on} handed on, {from_host} of the host"
     );
     println!("{seen}");
     assert!(cases > 0 && packets > 100, "{seen}");

@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use crate::kernel::{self, NODE, OTHER_NODE};
+
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 pub const SCTP: u8 = 132;
@@ -210,6 +212,34 @@ pub fn read(bytes: &[u8]) -> Result<Seen, String> {
         proto => folded(pseudo(seen.src.ip(), seen.dst.ip(), proto, l4.len()) + sum(l4)) == 0,
     };
     if right { Ok(seen) } else { Err(format!("the checksum of protocol {} is wrong", seen.proto)) }
+}
+
+/// What is inside of a packet that goes through the tunnel, from this node to the other, and its network id; `None` of another
+/// packet. All that the tunnel's device would write is checked.
+pub fn tunnelled(bytes: &[u8]) -> Option<(Vec<u8>, u32)> {
+    let v6 = bytes[12..14] == [0x86, 0xdd];
+    let outer = headers(bytes, ETH).expect("an IP header");
+    if (outer.proto, outer.dst.port()) != (UDP, 8472) {
+        return None;
+    }
+    let ends = [NODE, OTHER_NODE].map(|of| kernel::ip(of[usize::from(v6)]));
+    assert_eq!([outer.src.ip(), outer.dst.ip()], ends);
+    assert!((32_768..61_000).contains(&outer.src.port()), "{outer:?}");
+    let inside = bytes[outer.l4 + 16..].to_vec();
+    let length = |at: usize| usize::from(word(bytes, at).expect("a length"));
+    assert_eq!((length(outer.l4 + 4), length(outer.l4 + 6)), (bytes.len() - outer.l4, 0), "UDP's length and checksum");
+    if v6 {
+        assert_eq!(bytes[ETH..ETH + 4], [0x60, 0, 0, 0]);
+        assert_eq!((length(ETH + 4), bytes[ETH + 7]), (bytes.len() - outer.l4, 64));
+    } else {
+        assert_eq!(bytes[ETH..ETH + 2], [0x45, 0]);
+        assert_eq!((length(ETH + 2), bytes[ETH + 8]), (bytes.len() - ETH, 64));
+        assert_eq!(bytes[ETH + 6..ETH + 8], [0, 0], "it may be fragmented");
+        assert_eq!(folded(sum(&bytes[ETH..outer.l4])), 0, "the IPv4 checksum");
+    }
+    let vxlan = &bytes[outer.l4 + 8..outer.l4 + 16];
+    assert_eq!((&vxlan[..4], vxlan[7]), (&[8, 0, 0, 0][..], 0));
+    Some((inside, u32::from_be_bytes([0, vxlan[4], vxlan[5], vxlan[6]])))
 }
 
 /// Reads the reset that answers a packet which opens a TCP connection (RFC 9293 section 3.10.7.1).

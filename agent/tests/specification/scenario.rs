@@ -412,6 +412,9 @@ impl Runner<'_> {
                     let told: Vec<u8> =
                         Addr::from(backend.ip()).words()[1..].iter().flat_map(|w| w.to_ne_bytes()).collect();
                     let as_it_came = out[14..] == sent[14..] && out[..12] == told && did.run.verdict == REDIRECT;
+                    if did.tunnelled.is_some_and(|id| id != 1 << 16 | u32::from(backend.port())) {
+                        return wrong("its network id should say the backend's port");
+                    }
                     if !is_backend(backend) || !as_it_came || !counted.contains(&Reason::ToBackendsNode) {
                         return wrong(&format!("it should have been handed on as it is, to {backend}"));
                     }
@@ -422,6 +425,10 @@ impl Runner<'_> {
                 let seen = packet::read(out)?;
                 if !is_backend(seen.dst) || seen.proto != case.proto() || !counted.contains(&Reason::Translated) {
                     return wrong("it reached none of the backends");
+                }
+                let by_tunnel = is_remote_pod(seen.dst.ip()) && !self.routed;
+                if did.tunnelled.is_some_and(|id| !by_tunnel || id != 1) {
+                    return wrong("it should not have gone through the tunnel, or under another id");
                 }
                 if self.is_to_be_handed_on(case, seen.dst.ip()) {
                     return wrong("it should have been handed on to its backend's node");

@@ -51,6 +51,19 @@ pub fn is_taken_by_node_of(backend: &Addr) -> bool {
         && lpm_get(&TUNNELS, &PrefixKey::host(*backend)).is_some_and(|to| to.flags & tunnel_flags::DSR != 0)
 }
 
+/// What stands in place of the MACs.
+#[inline(always)]
+pub fn rest_of(backend: &Addr) -> [u32; 3] {
+    let [_, rest @ ..] = backend.words();
+    rest
+}
+
+/// The network id.
+#[inline(always)]
+pub fn id_of(port: Port) -> u32 {
+    MARK | u32::from(port.get())
+}
+
 /// Sends a packet as it is to the node that has the backend.
 #[inline(never)]
 pub fn send(skb: Skb, node: &NodeConfig, backend: &Addr, port: Port) -> Result<i32, Reason> {
@@ -58,9 +71,8 @@ pub fn send(skb: Skb, node: &NodeConfig, backend: &Addr, port: Port) -> Result<i
     if node.vxlan_ifindex == 0 {
         return Err(Reason::NoRoute);
     }
-    let [_, rest @ ..] = backend.words();
-    skb.store(0, &rest)?;
-    skb.set_tunnel(&to.remote, MARK | u32::from(port.get()))?;
+    skb.store(0, &rest_of(backend))?;
+    skb.set_tunnel(&to.remote, id_of(port))?;
     Ok(skb.redirect(node.vxlan_ifindex))
 }
 

@@ -82,14 +82,14 @@ pub fn csum_diff(from: &[u32], to: &[u32], seed: u32) -> Result<u32, Reason> {
 
 /// Fills in what the routes are asked: from `src` to `dst`, as if the packet came by `ifindex`. `params` is zeroed.
 #[inline(always)]
-pub fn fib_question(params: &mut MaybeUninit<bpf_fib_lookup>, packet: &Packet, src: &Addr, dst: &Addr, ifindex: u32) {
+pub fn fib_question(params: &mut MaybeUninit<bpf_fib_lookup>, proto: u8, src: &Addr, dst: &Addr, ifindex: u32) {
     const AF_INET: u8 = 2;
     const AF_INET6: u8 = 10;
     // SAFETY: the caller zeroed it, and any bytes make such a structure.
     let p = unsafe { &mut *params.as_mut_ptr() };
     p.ifindex = ifindex;
-    p.l4_protocol = packet.tuple.proto;
-    if packet.v6 {
+    p.l4_protocol = proto;
+    if !dst.is_v4() {
         p.family = AF_INET6;
         p.__bindgen_anon_3.ipv6_src = src.words();
         p.__bindgen_anon_4.ipv6_dst = dst.words();
@@ -185,7 +185,7 @@ impl Skb {
     #[inline(always)]
     pub fn redirect_by_route(self, packet: &Packet) -> Result<i32, Reason> {
         let mut params = MaybeUninit::<bpf_fib_lookup>::zeroed();
-        fib_question(&mut params, packet, &packet.tuple.src, &packet.tuple.dst, self.ifindex());
+        fib_question(&mut params, packet.tuple.proto, &packet.tuple.src, &packet.tuple.dst, self.ifindex());
         // SAFETY: all bytes are initialised (zeroed), and the size given is the structure's.
         unsafe {
             let found = h::bpf_fib_lookup(self.0.cast(), params.as_mut_ptr(), size_of::<bpf_fib_lookup>() as i32, 0);

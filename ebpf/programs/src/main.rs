@@ -3,8 +3,8 @@
 //! all hooks of the node change over together and none is ever detached.
 //!
 //! `parse` -> `lb`, `ct`, `policy`, `nat` decide -> `rewrite`, `deliver`, `refuse` act; `count` keeps the account; `frame` is what
-//! carries a packet, `kernel` and `xdp` hold the helpers. `pod`, `node`, `node_xdp`, `vxlan` and `sock` are the hooks. `sweep` is run by the agent, and `claim` keeps it
-//! and the hooks apart.
+//! carries a packet, `kernel` and `xdp` hold the helpers, `encap` does the tunnel device's work for `node_xdp`.
+//! `pod`, `node`, `node_xdp`, `vxlan` and `sock` are the hooks. `sweep` is run by the agent, and `claim` keeps it and the hooks apart.
 #![no_std]
 #![no_main]
 
@@ -13,6 +13,7 @@ mod count;
 mod ct;
 mod deliver;
 mod dsr;
+mod encap;
 mod frame;
 mod kernel;
 mod lb;

@@ -66,6 +66,9 @@ pub static SCRATCH: PerCpuArray<crate::parse::Packet> = PerCpuArray::with_max_en
 /// Where a tc program makes an entry of a flow before it is written. Not pinned.
 #[map(name = "kw_draft")]
 pub static DRAFT: PerCpuArray<crate::ct::Draft> = PerCpuArray::with_max_entries(1, 0);
+/// Where a packet's way into the tunnel is kept until it takes it. Not pinned.
+#[map(name = "kw_outer")]
+pub static OUTER: PerCpuArray<crate::encap::Outer> = PerCpuArray::with_max_entries(1, 0);
 
 macro_rules! program_arrays {
     ($($name:ident = $text:literal;)*) => { $(

@@ -8,7 +8,7 @@
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_TX};
 use keelway_layout::{CtKey, NodeConfig, Reason, scope};
 
-use crate::count::Account;
+use crate::count::{Account, count};
 use crate::ct::{self, Way};
 use crate::frame::Frame;
 use crate::kernel::now;
@@ -18,8 +18,9 @@ use crate::parse::{ETH_LEN, Kind, Packet, SCTP, TCP, UDP};
 use crate::pod::endpoint;
 use crate::rewrite::{self, Side};
 use crate::service::{self, goes_by_tunnel};
+use crate::vxlan::TUNNEL_ID;
 use crate::xdp::{Macs, Xdp, way_back};
-use crate::{nat, node};
+use crate::{dsr, encap, nat, node};
 
 /// What is found out of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -30,6 +31,10 @@ enum Found {
     Tc,
     /// It has its new destination, and turns round.
     Back,
+    /// As above, for the tunnel, whose headers are ready.
+    Through,
+    /// It is as it came but for its MACs, which name the backend to the node that has it. The tunnel's headers are ready.
+    HandedOn,
 }
 
 /// A packet from the network. Each step is called from here, where the stack has the room.
@@ -49,15 +54,20 @@ pub fn ingress(frame: Xdp, packet: &mut Packet, account: &mut Account) -> Result
         found = answer(frame, packet, node, &mut macs)?;
     }
     if found == Found::New {
-        if endpoint(&packet.tuple.dst).is_some() || dialled(frame, packet, account, &mut macs)? == Found::Tc {
+        if endpoint(&packet.tuple.dst).is_some() {
             return Ok(XDP_PASS);
         }
-        // From this node, so that the answer comes back to it.
-        nat::outbound(frame, packet, node, *own, now())?;
-    } else if found == Found::Tc {
-        return Ok(XDP_PASS);
+        found = dialled(frame, packet, account, &mut macs)?;
+        if matches!(found, Found::Back | Found::Through) {
+            // From this node, so that the answer comes back to it.
+            nat::outbound(frame, packet, node, *own, now())?;
+        }
     }
-    frame.store(0, &macs)?;
+    match found {
+        Found::New | Found::Tc => return Ok(XDP_PASS),
+        Found::Back => frame.store(0, &macs)?,
+        Found::Through | Found::HandedOn => encap::wrap(frame)?,
+    }
     Ok(XDP_TX)
 }
 
@@ -67,21 +77,35 @@ fn dialled(frame: Xdp, packet: &mut Packet, account: &mut Account, macs: &mut Ma
     let node = NODE.get(0).ok_or(Reason::Helper)?;
     let mut asked = Asked::by(Client::Outside, 0);
     // Whom a Service refuses or drops is for tc to say.
-    if lb::for_packet(packet, &mut asked, now()) != Ok(Outcome::Translated) || asked.dsr {
+    if lb::for_packet(packet, &mut asked, now()) != Ok(Outcome::Translated) {
         return Ok(Found::Tc);
     }
     let own = if packet.v6 { &node.node_v6 } else { &node.node_v4 };
     let (addr, port) = &asked.backend;
     let tunnels = packet.tuple.proto == UDP && *port == node.vxlan_port;
-    if addr == own || tunnels || endpoint(addr).is_some() || goes_by_tunnel(node, addr) {
-        return Ok(Found::Tc);
-    }
-    if node::genuine(node, packet).is_err() || !way_back(frame, packet, own, addr, macs) {
+    if addr == own || tunnels || endpoint(addr).is_some() || node::genuine(node, packet).is_err() {
         return Ok(Found::Tc);
     }
     account.dialled = (packet.tuple.dst, packet.tuple.dport);
+    if asked.dsr {
+        if !encap::prepare(frame, packet, node, addr, dsr::id_of(*port)) {
+            return Ok(Found::Tc);
+        }
+        service::hand_on(packet, &asked.backend, now(), account)?;
+        count(account.hook, Reason::ToBackendsNode, frame.len());
+        frame.store(0, &dsr::rest_of(&asked.backend.0))?;
+        return Ok(Found::HandedOn);
+    }
+    let found = if goes_by_tunnel(node, addr) { Found::Through } else { Found::Back };
+    let leaves = match found {
+        Found::Through => encap::prepare(frame, packet, node, addr, TUNNEL_ID),
+        _ => way_back(frame, packet, own, addr, macs),
+    };
+    if !leaves {
+        return Ok(Found::Tc);
+    }
     service::exchange(frame, packet, &asked.backend, now(), account)?;
-    Ok(Found::Back)
+    Ok(found)
 }
 
 /// A backend's packet to the node, whose client is known: it leaves under the address that was dialled.

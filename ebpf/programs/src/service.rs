@@ -37,19 +37,26 @@ fn translate(skb: Skb, packet: &mut Packet, now: u64, account: &mut Account) -> 
         account.dialled = (packet.tuple.dst, packet.tuple.dport);
         account.dsr = asked.dsr;
         if asked.dsr {
-            // The packet stays as it is: its destination tells the backend's node what was dialled.
-            packet.tuple.dst = asked.backend.0;
-            packet.tuple.dport = asked.backend.1;
-            remember(packet, account.dialled, now)?;
-            if packet.flags & FIN != 0 {
-                // The backend's is not to be seen here. Whether the ports are free for another connection its node knows.
-                client_ended(packet, now);
-            }
+            hand_on(packet, &asked.backend, now, account)?;
             return Ok(outcome);
         }
         exchange(skb, packet, &asked.backend, now, account)?;
     }
     Ok(outcome)
+}
+
+/// Remembers a packet that is for the backend's node to translate. It stays as it is but for what is known of it here: its
+/// destination tells that node what was dialled.
+#[inline(always)]
+pub fn hand_on(packet: &mut Packet, backend: &(Addr, Port), now: u64, account: &Account) -> Result<(), Reason> {
+    packet.tuple.dst = backend.0;
+    packet.tuple.dport = backend.1;
+    remember(packet, account.dialled, now)?;
+    if packet.flags & FIN != 0 {
+        // The backend's is not to be seen here. Whether the ports are free for another connection its node knows.
+        client_ended(packet, now);
+    }
+    Ok(())
 }
 
 /// Puts the backend in place of what was dialled, and remembers that for the answers.

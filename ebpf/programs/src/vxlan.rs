@@ -13,7 +13,7 @@ use crate::policy::identity_of;
 use crate::{deliver, dsr, node};
 
 /// The network id of what goes through the tunnel under its own addresses.
-const TUNNEL_ID: u32 = 1;
+pub const TUNNEL_ID: u32 = 1;
 
 /// A packet out of the tunnel.
 #[inline(always)]

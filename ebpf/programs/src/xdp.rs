@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::frame::Frame;
 use crate::kernel::{check, fib_question};
-use crate::parse::{ETH_LEN, Packet};
+use crate::parse::{ETH_LEN, Packet, UDP};
 
 /// The hardware addresses of a frame, the receiver's first.
 pub type Macs = [[u8; 6]; 2];
@@ -22,6 +22,20 @@ impl Xdp {
     /// The packet of a program's context.
     pub const fn new(packet: *mut xdp_md) -> Self {
         Self(packet)
+    }
+
+    /// Makes room for `bytes` before the packet.
+    #[inline(always)]
+    pub fn grow(self, bytes: u32) -> Result<(), Reason> {
+        // SAFETY: takes no pointers but the context.
+        check(unsafe { h::bpf_xdp_adjust_head(self.0, -(bytes as i32)) })
+    }
+
+    /// Whether there is that much room. It is as it was then: what was before the packet is nobody's.
+    #[inline(always)]
+    pub fn can_grow(self, bytes: u32) -> bool {
+        // SAFETY: as above.
+        self.grow(bytes).is_ok() && unsafe { h::bpf_xdp_adjust_head(self.0, bytes as i32) } == 0
     }
 }
 
@@ -102,11 +116,26 @@ fn mend(frame: Xdp, offset: u32, from: u32, to: u32, optional: bool) -> Result<(
 /// node's routes lead, the neighbour is known, the packet fits and it was meant for this device.
 #[inline(never)]
 pub fn way_back(frame: Xdp, packet: &Packet, src: &Addr, dst: &Addr, into: &mut Macs) -> bool {
+    leads_back(frame, (packet.tuple.proto, frame.len().wrapping_sub(ETH_LEN)), src, dst, into)
+}
+
+/// As [`way_back`], of the datagram around it, `length` bytes of IP.
+#[inline(never)]
+pub fn way_through(frame: Xdp, length: u32, src: &Addr, dst: &Addr, into: &mut Macs) -> bool {
+    leads_back(frame, (UDP, length), src, dst, into)
+}
+
+#[inline(always)]
+fn leads_back(frame: Xdp, (proto, length): (u8, u32), src: &Addr, dst: &Addr, into: &mut Macs) -> bool {
+    // What the look-up takes as a length. Without one it minds no device's limit.
+    if length == 0 || length > u32::from(u16::MAX) {
+        return false;
+    }
     let mut params = MaybeUninit::<bpf_fib_lookup>::zeroed();
-    fib_question(&mut params, packet, src, dst, frame.ifindex());
+    fib_question(&mut params, proto, src, dst, frame.ifindex());
     // SAFETY: all bytes are initialised (zeroed), and the size given is the structure's.
     let found = unsafe {
-        (*params.as_mut_ptr()).__bindgen_anon_1.tot_len = frame.len().wrapping_sub(ETH_LEN) as u16;
+        (*params.as_mut_ptr()).__bindgen_anon_1.tot_len = length as u16;
         h::bpf_fib_lookup(frame.0.cast(), params.as_mut_ptr(), size_of::<bpf_fib_lookup>() as i32, 0)
     };
     // SAFETY: as above; what the helper writes makes such a structure.

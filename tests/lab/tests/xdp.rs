@@ -1,5 +1,6 @@
 //! `--xdp`: flows between a client outside and a backend on another node turn round before the node's stack sees them, which a
-//! packet socket on the node tells: it stands where tc's hooks do. Routed mode, both families, TCP and UDP.
+//! packet socket on the node tells: it stands where tc's hooks do. By routes and by the tunnel, over an underlay of either family,
+//! and handed on to the backend's node (DSR); both families, TCP and UDP.
 mod wire;
 
 use std::net::{IpAddr, SocketAddr};
@@ -24,23 +25,74 @@ const BACKEND_PORT: u16 = 8080;
 const EXTERNAL: [&str; 2] = ["198.51.100.77", "2001:db8:51::77"];
 const TRANSPORTS: [&[&str]; 3] = [&[], &["--udp"], &["--udp", "--unconnected"]];
 
+/// How backends on other nodes are reached.
+#[derive(Clone, Copy)]
+struct Way {
+    routing: &'static str,
+    mode: &'static str,
+    /// The nodes' first addresses are IPv6.
+    underlay_v6: bool,
+    /// How often the node's stack is given each question and its answer, without XDP.
+    seen: u64,
+    /// How often still, with it.
+    left: u64,
+}
+
+const ROUTED: Way = Way { routing: "routed", mode: "snat", underlay_v6: false, seen: 4, left: 0 };
+
+impl Way {
+    fn text(self, xdp: &str) -> String {
+        format!("routing: {}\nload-balancer-mode: {}\nxdp: {xdp}\n", self.routing, self.mode)
+    }
+    fn is_direct(self) -> bool {
+        self.mode == "dsr"
+    }
+    fn has_tunnel(self) -> bool {
+        self.routing == "vxlan" || self.is_direct()
+    }
+}
+
 struct Nodes {
     s: Standalone,
     file: std::path::PathBuf,
+    way: Way,
 }
 
 impl Nodes {
-    fn new() -> Self {
+    fn new(way: Way) -> Self {
         let lab = Lab::new(2).unwrap();
         let file = lab.dir.join("agent.yaml");
-        std::fs::write(&file, "routing: routed\nxdp: off\n").unwrap();
+        std::fs::write(&file, way.text("off")).unwrap();
         let argument = file.display().to_string();
-        Self { s: Standalone::on(lab, &["--config", &argument]).unwrap(), file }
+        let nodes = Self { s: Standalone::on(lab, &["--config", &argument]).unwrap(), file, way };
+        if way.underlay_v6 {
+            nodes.put_v6_first();
+        }
+        nodes
+    }
+
+    /// The tunnel goes between the nodes' first addresses.
+    fn put_v6_first(&self) {
+        for number in [1, 2] {
+            let node = self.s.node(number);
+            let addresses = [node.v6.to_string(), node.v4.to_string()];
+            let object = json!({
+                "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name},
+                "spec": {"podCIDRs": Standalone::pod_cidrs(number)},
+                "status": {"addresses": addresses.map(|address| json!({"type": "InternalIP", "address": address}))},
+            });
+            self.s.write(&format!("node-{}", node.name), &object.to_string()).unwrap();
+        }
+        for number in [1, 2] {
+            self.s.stop_agent(number, Signal::SIGKILL).unwrap();
+            self.s.start_agent(number).unwrap();
+            self.s.wait_synced(number).unwrap();
+        }
     }
 
     /// Starts node 1's agent again with another setting, after `kill -9`.
     fn set(&self, xdp: &str, expected: Option<&str>) {
-        std::fs::write(&self.file, format!("routing: routed\nxdp: {xdp}\n")).unwrap();
+        std::fs::write(&self.file, self.way.text(xdp)).unwrap();
         self.s.stop_agent(1, Signal::SIGKILL).unwrap();
         self.s.start_agent(1).unwrap();
         self.s.wait_synced(1).unwrap();
@@ -71,14 +123,14 @@ fn probe<T: serde::de::DeserializeOwned>(s: &Standalone, what: &str, target: Soc
     serde_json::from_str(&s.lab.outside.run(&argv).unwrap()).unwrap()
 }
 
-/// Counts the packets of Services and backends that a node's stack is given, from the network or for it.
+/// Counts packets that a node's stack is given, from the network or for it.
 struct Tap {
     seen: Arc<AtomicU64>,
     done: Arc<AtomicBool>,
 }
 
 impl Tap {
-    fn on(host: &Host) -> Self {
+    fn on(host: &Host, of_interest: fn(&[u8]) -> bool) -> Self {
         let (seen, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let counted = (Arc::clone(&seen), Arc::clone(&done));
         Place::host(host).run(move || {
@@ -90,7 +142,7 @@ impl Tap {
                 loop {
                     match recv(tap.as_raw_fd(), &mut packet, MsgFlags::empty()) {
                         Ok(length) => {
-                            seen.fetch_add(u64::from(is_of_a_service(&packet[..length.min(128)])), Ordering::Relaxed);
+                            seen.fetch_add(u64::from(of_interest(&packet[..length.min(128)])), Ordering::Relaxed);
                         }
                         Err(Errno::EAGAIN) if done.load(Ordering::Relaxed) => return,
                         Err(_) => std::thread::sleep(Duration::from_millis(2)),
@@ -112,21 +164,36 @@ impl Tap {
     }
 }
 
-/// Of an IP packet.
-fn is_of_a_service(packet: &[u8]) -> bool {
-    let (proto, ports) = match packet.first().map(|byte| byte >> 4) {
-        Some(4) => (packet.get(9), usize::from(packet[0] & 15) * 4),
-        Some(6) => (packet.get(6), 40),
-        _ => return false,
+/// Protocol and ports of an IP packet.
+fn ports(packet: &[u8]) -> Option<(u8, [u16; 2])> {
+    let (proto, at) = match packet.first()? >> 4 {
+        4 => (packet.get(9)?, usize::from(packet[0] & 15) * 4),
+        6 => (packet.get(6)?, 40),
+        _ => return None,
     };
     let port = |at: usize| packet.get(at..at + 2).map(|two| u16::from_be_bytes([two[0], two[1]]));
-    let ours = [NODE_PORT, NODE_PORT + 1, BACKEND_PORT].map(Some);
-    matches!(proto, Some(6 | 17)) && (ours.contains(&port(ports)) || ours.contains(&port(ports + 2)))
+    Some((*proto, [port(at)?, port(at + 2)?]))
 }
 
-/// Ten questions by every way; the pod sees the node. How many packets of it all node 1's stack was given.
+/// Of Services and backends; not of the tunnel that carries them, whose device gives them to the stack once more.
+fn is_of_a_service(packet: &[u8]) -> bool {
+    let ours = [NODE_PORT, NODE_PORT + 1, BACKEND_PORT];
+    ports(packet).is_some_and(|(proto, of)| matches!(proto, 6 | 17) && of.iter().any(|port| ours.contains(port)))
+}
+
+fn is_by_tunnel(packet: &[u8]) -> bool {
+    ports(packet).is_some_and(|(proto, [_, to])| (proto, to) == (17, 8472))
+}
+
+fn is_by_tunnel_over_v6(packet: &[u8]) -> bool {
+    is_by_tunnel(packet) && packet[0] >> 4 == 6
+}
+
+/// Ten questions by every way; the pod sees whom it should. How many packets of it all node 1's stack was given.
 #[track_caller]
-fn everywhere(s: &Standalone) -> u64 {
+fn everywhere(nodes: &Nodes) -> u64 {
+    let (s, way) = (&nodes.s, nodes.way);
+    let client = |v6| of(if way.is_direct() { &s.lab.outside } else { s.node(1) }, v6).to_string();
     let ask = |count: &str| {
         for flags in TRANSPORTS {
             for target in [false, true].into_iter().flat_map(|v6| targets(s, v6)) {
@@ -136,14 +203,17 @@ fn everywhere(s: &Standalone) -> u64 {
                 let drops = || [1, 2].map(|number| s.status(number).unwrap()["drops"].to_string());
                 let count: u64 = count.parse().unwrap();
                 assert_eq!(report.answered(), count, "{target} {flags:?}: {report:?}\n{:?}", drops());
-                assert_eq!((report.wrong_source, seen_as), (0, vec![of(s.node(1), target.is_ipv6()).to_string()]));
+                assert_eq!((report.wrong_source, seen_as), (0, vec![client(target.is_ipv6())]));
             }
         }
     };
     // The neighbours are known then.
     ask("1");
-    let tap = Tap::on(s.node(1));
+    let tap = Tap::on(s.node(1), is_of_a_service);
+    let tunnel = Tap::on(s.node(2), if way.underlay_v6 { is_by_tunnel_over_v6 } else { is_by_tunnel });
     ask("10");
+    let tunnelled = tunnel.count();
+    assert_eq!(tunnelled >= 12 * 10, way.has_tunnel(), "{tunnelled}");
     tap.count()
 }
 
@@ -157,12 +227,31 @@ fn fill_in_checksums(places: &[&Place], on: bool) {
 
 #[test]
 fn what_only_turns_round_here_does_so_before_the_stack() {
+    turns_round(ROUTED);
+}
+
+#[test]
+fn what_goes_by_the_tunnel_does_so_before_the_stack() {
+    turns_round(Way { routing: "vxlan", left: 2, ..ROUTED });
+}
+
+#[test]
+fn what_goes_by_a_tunnel_over_ipv6_does_so_before_the_stack() {
+    turns_round(Way { routing: "vxlan", underlay_v6: true, left: 2, ..ROUTED });
+}
+
+#[test]
+fn what_the_backends_node_answers_is_handed_on_before_the_stack() {
+    turns_round(Way { routing: "vxlan", mode: "dsr", seen: 2, ..ROUTED });
+}
+
+fn turns_round(way: Way) {
     let gone = standalone::missing().or_else(|| sh::missing(&["ethtool"], &[]));
     if let Some(reason) = gone {
         println!("skipped: {reason}");
         return;
     }
-    let nodes = Nodes::new();
+    let nodes = Nodes::new(way);
     let s = &nodes.s;
     let c = s.pod(2, "c", &[]).unwrap();
     let node = [s.node(1).v4.to_string(), s.node(1).v6.to_string()];
@@ -189,14 +278,15 @@ fn what_only_turns_round_here_does_so_before_the_stack() {
 
     let places = [&Place::host(&s.lab.outside), &Place::pod(s, &c)];
     fill_in_checksums(&places, true);
-    // Twelve ways, ten questions each, a packet in and out each way: by tc all of them.
-    let by_tc = everywhere(s);
-    assert!(by_tc >= 12 * 10 * 4, "{by_tc}");
+    // Twelve targets and transports, ten questions each, and each in and out: by tc all of them.
+    let by_tc = everywhere(&nodes);
+    assert!(by_tc >= 12 * 10 * way.seen, "{by_tc}");
+    // One packet in 65,536 looks as if its checksum were to be filled in.
+    let few = by_tc * way.left / way.seen + 8;
 
     nodes.set("generic", Some("xdp generic"));
-    // One packet in 65,536 looks as if its checksum were to be filled in.
-    let left = everywhere(s);
-    assert!(left <= 8, "{left} of {by_tc}");
+    let left = everywhere(&nodes);
+    assert!(left <= few, "{left} of {by_tc}");
     // On the other node is the pod: its own node port leads to it by tc.
     let local = (of(s.node(2), false), NODE_PORT).into();
     assert_eq!(probe::<Asked>(s, "ask", local, &["--count", "10"]).answered(), 10);
@@ -210,12 +300,12 @@ fn what_only_turns_round_here_does_so_before_the_stack() {
     let net = format!("--net={}", switch.display());
     let port = keelway_lab::netns::port(&s.node(1).name);
     sh::run(&["nsenter", &net, "bpftool", "net", "attach", "xdpdrv", "id", &program, "dev", &port]).unwrap();
-    let left = everywhere(s);
-    assert!(left <= 8, "{left} of {by_tc}");
+    let left = everywhere(&nodes);
+    assert!(left <= few, "{left} of {by_tc}");
 
     // Who leaves checksums to a device is served by tc.
     fill_in_checksums(&places, false);
-    let left = everywhere(s);
+    let left = everywhere(&nodes);
     assert!(left >= by_tc / 2, "{left} of {by_tc}");
     fill_in_checksums(&places, true);
 
@@ -248,10 +338,11 @@ fn lives_on(nodes: &Nodes) {
         std::thread::sleep(Duration::from_secs(1));
         nodes.set("generic", Some("xdp generic"));
         let during = [flow(v4[1], false), flow(v6[0], false), flow(v6[0], true)];
-        let tap = Tap::on(s.node(1));
+        let tap = Tap::on(s.node(1), is_of_a_service);
         std::thread::sleep(Duration::from_secs(1));
         let left = tap.count();
-        assert!(left <= 8, "{left}");
+        // Six flows of fifty a second.
+        assert!(left <= 6 * 60 * nodes.way.left + 8, "{left}");
         nodes.set("off", None);
         before.into_iter().chain(during).map(|flow| flow.join().unwrap()).collect::<Vec<_>>()
     });
