@@ -71,7 +71,7 @@ pub fn run() -> Result<bool> {
     println!("questions and answers, throughput of one stream");
     let (near_v4, far_v4) = (near.address(false).to_string(), far.address(false).to_string());
     let ways = [
-        ("one node", (&from, &to, near_v4.as_str()), raw_pair(&lab)?, "raw veth pair"),
+        ("one node", (&from, &to, near_v4.as_str()), raw_pair(&lab.lab)?, "raw veth pair"),
         ("across nodes", (&from, &across, far_v4.as_str()), vxlan_pair(&lab)?, "kernel VXLAN"),
     ];
     let iperf = sh::missing(&["iperf3"], &[]);

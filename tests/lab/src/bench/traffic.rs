@@ -99,6 +99,13 @@ impl Place {
         self.turns_with(timed, ours, peer, &["--rounds", "40", "--cgroups", &self.cgroup, &peer.0.cgroup])
     }
 
+    /// New connections, `at_once` of them at a time, each of them from its first packet to its end.
+    pub(super) fn crowds_at_home(&self, at_once: usize, ours: &str, peer: (&Self, &str)) -> Result<Vec<[f64; 2]>> {
+        let at_once = at_once.to_string();
+        let more = ["--at-once", &at_once, "--rounds", "20", "--cgroups", &self.cgroup, &peer.0.cgroup];
+        self.turns_with("whole", ours, peer, &more)
+    }
+
     fn turns_with(
         &self,
         timed: &str,
@@ -153,8 +160,8 @@ pub(super) fn vxlan_pair(lab: &Standalone) -> Result<(Place, Place, String)> {
 }
 
 /// Two namespaces of the lab with a veth pair between them and nothing else, and the address of the second.
-pub(super) fn raw_pair(lab: &Standalone) -> Result<(Place, Place, String)> {
-    let [one, two] = ["raw1", "raw2"].map(|name| netns::name(&lab.lab.id, name));
+pub(super) fn raw_pair(lab: &Lab) -> Result<(Place, Place, String)> {
+    let [one, two] = ["raw1", "raw2"].map(|name| netns::name(&lab.id, name));
     for (name, link) in [(&one, None), (&two, Some(&one))] {
         sh::run(&["ip", "netns", "add", name])?;
         if let Some(peer) = link {
@@ -165,7 +172,7 @@ pub(super) fn raw_pair(lab: &Standalone) -> Result<(Place, Place, String)> {
         sh::run(&["ip", "-n", name, "addr", "add", address, "dev", "raw"])?;
         sh::run(&["ip", "-n", name, "link", "set", "raw", "up"])?;
     }
-    let cgroup = &lab.lab.outside.cgroup;
+    let cgroup = &lab.outside.cgroup;
     let place = |name: &str| Place { netns: Path::new("/run/netns").join(name), cgroup: cgroup.clone() };
     Ok((place(&one), place(&two), "198.18.0.2".to_owned()))
 }

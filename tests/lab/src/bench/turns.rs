@@ -1,10 +1,11 @@
 //! Two things measured in turn, in short blocks, by one process: what disturbs the machine disturbs both.
 //!
 //! A socket stays in the network namespace in which it was made, so that one process can have sockets in several.
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -45,9 +46,12 @@ pub struct Turns {
     /// Blocks of each.
     #[arg(long, default_value_t = 100)]
     pub rounds: usize,
-    /// Operations of a block.
+    /// Operations of a block, by each of those at once.
     #[arg(long, default_value_t = 50)]
     pub block: usize,
+    /// How many dial at once, each from a thread of its own.
+    #[arg(long, default_value_t = 1)]
+    pub at_once: usize,
     /// CPU to stay on.
     #[arg(long, default_value_t = 0)]
     pub cpu: usize,
@@ -61,6 +65,12 @@ impl Turns {
     pub fn run(&self) -> Result<()> {
         stay(Pid::from_raw(0), self.cpu)?;
         let netns: Vec<File> = self.netns.iter().map(File::open).collect::<Result<_, _>>()?;
+        if self.timed != Timed::Answer {
+            for which in 0..2 {
+                self.enter(&netns, which)?;
+                free_ports_soon()?;
+            }
+        }
         let mut standing = Vec::new();
         if self.timed == Timed::Answer {
             for (which, target) in self.targets.iter().enumerate() {
@@ -76,20 +86,12 @@ impl Turns {
                 // Who comes first changes from round to round.
                 let which = (round + turn) % 2;
                 self.enter(&netns, which)?;
-                let mut times = Vec::with_capacity(self.block);
                 let start = Instant::now();
-                for _ in 0..self.block {
-                    times.push(match self.timed {
-                        Timed::Answer => answer(&mut standing[which])?,
-                        Timed::Connect | Timed::Whole => {
-                            let (mut connection, took) = dial(self.targets[which])?;
-                            // The server has taken it from its queue, and both ends are done when the next one begins.
-                            answer(&mut connection)?;
-                            took
-                        }
-                    });
-                }
-                let mean = start.elapsed() / u32::try_from(self.block)?;
+                let mut times = match self.timed {
+                    Timed::Answer => repeat(self.block, || answer(&mut standing[which]))?,
+                    Timed::Connect | Timed::Whole => self.dial_at_once(self.targets[which])?,
+                };
+                let mean = start.elapsed() / u32::try_from(times.len())?;
                 times.sort_unstable();
                 let taken = if self.timed == Timed::Whole { mean } else { times[times.len() / 2] };
                 pair[which] = u64::try_from(taken.as_nanos())?;
@@ -110,6 +112,40 @@ impl Turns {
         }
         Ok(setns(&netns[which], CloneFlags::CLONE_NEWNET)?)
     }
+
+    /// How long connect(2) took, of a block of connections. Threads start on the CPU and in the namespace of who starts them.
+    fn dial_at_once(&self, target: SocketAddr) -> Result<Vec<Duration>> {
+        let block = || {
+            repeat(self.block, || {
+                let (mut connection, took) = dial(target)?;
+                // The server has taken it from its queue, and both ends are done when the next one begins.
+                answer(&mut connection)?;
+                Ok(took)
+            })
+        };
+        if self.at_once == 1 {
+            return block();
+        }
+        let blocks = thread::scope(|scope| {
+            let threads: Vec<_> = (0..self.at_once).map(|_| scope.spawn(block)).collect();
+            threads.into_iter().map(|thread| thread.join().expect("a thread that dials")).collect::<Result<Vec<_>>>()
+        });
+        Ok(blocks?.concat())
+    }
+}
+
+/// Lets the namespace that this thread is in use a port again a second after its connection: a search for one that is free among
+/// tens of thousands would be what is timed.
+fn free_ports_soon() -> Result<()> {
+    for (name, value) in [("tcp_tw_reuse", "1"), ("ip_local_port_range", "1024 65535")] {
+        let path = format!("/proc/sys/net/ipv4/{name}");
+        fs::write(&path, value).with_context(|| format!("writing {value} to {path}"))?;
+    }
+    Ok(())
+}
+
+fn repeat(times: usize, mut operation: impl FnMut() -> Result<Duration>) -> Result<Vec<Duration>> {
+    (0..times).map(|_| operation()).collect()
 }
 
 fn dial(target: SocketAddr) -> Result<(BufReader<TcpStream>, Duration)> {

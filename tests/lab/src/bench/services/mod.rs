@@ -21,6 +21,9 @@ use site::{Mode, Side, Site};
 /// Rounds of a second for each side.
 const FLOODS: usize = 5;
 
+/// Clients of a crowd.
+const CROWD: usize = 16;
+
 /// How much of it.
 #[derive(Args, Debug)]
 pub struct Options {
@@ -145,6 +148,8 @@ fn traffic_beside(mode: Mode, sizes: &[usize], patience: Duration, report: &mut 
     site.add_pods()?;
     site.start_kube_proxy(mode)?;
     let mut first: Option<Vec<f64>> = None;
+    let bare = traffic::raw_pair(&site.lab)?;
+    let _server = bare.1.serve()?;
     for services in sizes.iter().filter(|size| **size > 0) {
         println!("  {services} Services");
         site.api.put(objects::fillers(site.fillers..*services, 1))?;
@@ -154,21 +159,31 @@ fn traffic_beside(mode: Mode, sizes: &[usize], patience: Duration, report: &mut 
         let (ours, peer) = (ours?, peer?);
         let vips = [Side::Ours, Side::Peer].map(|side| SocketAddr::new(objects::vip(side), 80).to_string());
         let what = format!("new connections to a Service, {services} Services ({})", mode.name());
-        let taken = ours.turns_at_home("whole", &vips[0], (&peer, &vips[1]))?;
-        let rates: Vec<[f64; 2]> = taken.iter().map(|pair| pair.map(|micros| 1e6 / micros)).collect();
+        let rates = per_second(&ours.turns_at_home("whole", &vips[0], (&peer, &vips[1]))?);
         report.pairs(&what, "1/s", &rates, mode.peer());
         report.goal(&what, Goal::RatioAtLeast(1.3));
+        // One after the other waits for wake-ups most of the time; a crowd keeps both CPUs at work.
+        let crowd = format!("new connections to a Service, {CROWD} at a time, {services} Services ({})", mode.name());
+        let crowded = per_second(&ours.crowds_at_home(CROWD, &vips[0], (&peer, &vips[1]))?);
+        report.pairs(&crowd, "1/s", &crowded, mode.peer());
+        report.goal(&crowd, Goal::RatioAtLeast(1.3));
         // What either way costs beside no Service at all: the bound of any data plane between these pods.
         for (side, vip, named) in [(Side::Ours, &vips[0], "ours"), (Side::Peer, &vips[1], mode.peer())] {
             let client = site.place(side, "client")?;
             let server = SocketAddr::new(site.server(side)?, 8080).to_string();
-            let taken = client.turns_at_home("whole", vip, (&client, &server))?;
-            let rates: Vec<[f64; 2]> = taken.iter().map(|pair| pair.map(|micros| 1e6 / micros)).collect();
+            let rates = per_second(&client.turns_at_home("whole", vip, (&client, &server))?);
             let what = format!(
                 "{named}: new connections to a Service beside its pod's own address, {services} Services ({})",
                 mode.name()
             );
             report.pairs(&what, "1/s", &rates, "without a Service");
+            // What no data plane between two namespaces is faster than.
+            let rates = client.crowds_at_home(CROWD, vip, (&bare.0, &format!("{}:8080", bare.2)))?;
+            let what = format!(
+                "{named}: new connections to a Service, {CROWD} at a time, beside no data plane, {services} Services ({})",
+                mode.name()
+            );
+            report.pairs(&what, "1/s", &per_second(&rates), "raw veth pair");
         }
         let what = format!("question and answer, {services} Services ({})", mode.name());
         report.pairs(&what, "us", &ours.turns_at_home("answer", &vips[0], (&peer, &vips[1]))?, mode.peer());
@@ -197,6 +212,10 @@ fn traffic_beside(mode: Mode, sizes: &[usize], patience: Duration, report: &mut 
         })?;
     }
     Ok(())
+}
+
+fn per_second(micros: &[[f64; 2]]) -> Vec<[f64; 2]> {
+    micros.iter().map(|pair| pair.map(|micros| 1e6 / micros)).collect()
 }
 
 /// Packets per second that reached each side's pod through its node port.
