@@ -66,6 +66,12 @@ pub fn is_remote_pod(addr: IpAddr) -> bool {
     is_pod(2, addr)
 }
 
+/// Whether the tunnel to a pod of the other node has an IPv6 underlay: for some it is of the other family than they.
+pub fn is_behind_v6(pod: IpAddr) -> bool {
+    let last = Addr::from(pod).words()[3].to_ne_bytes()[3];
+    pod.is_ipv6() != (last >= 4)
+}
+
 /// A bpffs, gone with the test.
 struct Bpffs(tempfile::TempDir);
 
@@ -107,6 +113,8 @@ pub struct Kernel {
     pub turned: usize,
     /// How many of them went through the tunnel.
     pub tunnelled: usize,
+    /// How many answers came out of the tunnel and turned round at that hook.
+    pub answered: usize,
     /// How many packets were handed on to their backend's node as they came.
     pub handed_on: usize,
     /// How many packets of the host's own went to a backend.
@@ -148,6 +156,7 @@ impl Kernel {
             arrivals: 0,
             turned: 0,
             tunnelled: 0,
+            answered: 0,
             handed_on: 0,
             from_host: 0,
             _bpffs: bpffs,
@@ -194,10 +203,9 @@ impl Kernel {
             let remote = ip(OTHER_NODE[usize::from(v6)]).into();
             let by = |remote: Addr| Tunnel { remote, flags: tunnel_flags::DSR, ..Tunnel::default() };
             tables.tunnels.put(&PrefixKey::new(ip(net).into(), bits), &by(remote)).expect("a tunnel");
-            // An underlay of the other family, for some.
-            let remote = ip(OTHER_NODE[usize::from(!v6)]).into();
-            for last in PODS.skip(2) {
-                tables.tunnels.put(&PrefixKey::host(pod(2, last, v6).into()), &by(remote)).expect("a tunnel");
+            for pod in PODS.map(|last| pod(2, last, v6)) {
+                let remote = ip(OTHER_NODE[usize::from(is_behind_v6(pod))]).into();
+                tables.tunnels.put(&PrefixKey::host(pod.into()), &by(remote)).expect("a tunnel");
             }
         }
     }
@@ -304,7 +312,8 @@ impl Kernel {
         self.run_alone(hook, packet)
     }
 
-    fn run_alone(&mut self, hook: Hook, packet: &[u8]) -> Did {
+    /// Runs one hook's program, without those before it.
+    pub fn run_alone(&mut self, hook: Hook, packet: &[u8]) -> Did {
         let before = self.counters(hook);
         let run = match hook {
             Hook::NodeXdp => self.datapath.run_xdp(packet, self.out),

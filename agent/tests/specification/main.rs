@@ -6,7 +6,7 @@
 //! Packets from the network meet the hook before tc's (XDP) two times of three, so that flows change between the two.
 //!
 //! Left out: the socket hooks, which have no test run (`tests/lab` has real sockets; what no socket hook sees of the host's own is
-//! here), and packets out of the tunnel, those handed on to another node (DSR) included, whose outer
+//! here), and at tc packets out of the tunnel, those handed on to another node (DSR) included, whose outer
 //! source a test run cannot have. They share `lb`.
 //!
 //! A disagreement is printed as a scenario. Once understood it becomes a file in `scenarios/`.
@@ -40,7 +40,9 @@ fn random_objects_and_packets_meet_what_the_reference_says() {
     let (mut cases, mut packets) = (0, 0);
     // For that long, and as long as it takes to see something of everything.
     let too_few = |kernel: &Kernel| {
-        [kernel.turned, kernel.tunnelled, kernel.handed_on, kernel.from_host].iter().any(|seen| *seen <= 10)
+        [kernel.turned, kernel.tunnelled, kernel.answered, kernel.handed_on, kernel.from_host]
+            .iter()
+            .any(|seen| *seen <= 10)
     };
     while started.elapsed() < bound || too_few(&kernel) {
         let seed = first + cases;
@@ -55,9 +57,9 @@ fn random_objects_and_packets_meet_what_the_reference_says() {
         }
         cases += 1;
     }
-    let Kernel { turned, tunnelled, handed_on, from_host, .. } = kernel;
+    let Kernel { turned, tunnelled, answered, handed_on, from_host, .. } = kernel;
     let seen = format!(
-        "{cases} cases, {packets} packets: {turned} turned round at XDP, {tunnelled} of them through the tunnel, {handed_on} handed on, {from_host} of the host"
+        "{cases} cases, {packets} packets: {turned} turned round at XDP, {tunnelled} of them through the tunnel, {answered} answers out of it, {handed_on} handed on, {from_host} of the host"
     );
     println!("{seen}");
     assert!(cases > 0 && packets > 100, "{seen}");

@@ -141,6 +141,13 @@ pub fn flow(src: SocketAddr, dst: SocketAddr, proto: u8, flags: u8) -> Vec<u8> {
     ethernet(src.is_ipv6(), &ip(src.ip(), dst.ip(), proto, &l4))
 }
 
+/// A datagram of that many bytes of IP.
+pub fn datagram(src: SocketAddr, dst: SocketAddr, length: usize) -> Vec<u8> {
+    let headers = 8 + if src.is_ipv6() { 40 } else { 20 };
+    let l4 = transport(src, dst, UDP, 0, &vec![b'.'; length - headers]);
+    ethernet(src.is_ipv6(), &ip(src.ip(), dst.ip(), UDP, &l4))
+}
+
 /// An echo request.
 pub fn echo(src: IpAddr, dst: IpAddr) -> Vec<u8> {
     let (proto, kind) = if src.is_ipv6() { (ICMP6, 128) } else { (ICMP4, 8) };
@@ -240,6 +247,24 @@ pub fn tunnelled(bytes: &[u8]) -> Option<(Vec<u8>, u32)> {
     let vxlan = &bytes[outer.l4 + 8..outer.l4 + 16];
     assert_eq!((&vxlan[..4], vxlan[7]), (&[8, 0, 0, 0][..], 0));
     Some((inside, u32::from_be_bytes([0, vxlan[4], vxlan[5], vxlan[6]])))
+}
+
+/// What the other node sends through the tunnel: a frame, in a datagram from an address under a network id. `class` is the traffic
+/// class of the header outside, `checksum` its datagram's.
+pub fn through(inside: &[u8], from: IpAddr, id: u32, class: u8, checksum: u16) -> Vec<u8> {
+    let to = kernel::ip(NODE[usize::from(from.is_ipv6())]);
+    let mut l4 = [50_000_u16, 8472, 16 + inside.len() as u16, checksum].map(u16::to_be_bytes).concat();
+    l4.extend([&[8, 0, 0, 0][..], &(id << 8).to_be_bytes(), inside].concat());
+    let mut packet = ip(from, to, UDP, &l4);
+    if from.is_ipv6() {
+        packet[1] |= class << 4;
+    } else {
+        packet[1] = class;
+        packet[10..12].fill(0);
+        let csum = folded(sum(&packet[..20]));
+        packet[10..12].copy_from_slice(&csum.to_be_bytes());
+    }
+    ethernet(from.is_ipv6(), &packet)
 }
 
 /// Reads the reset that answers a packet which opens a TCP connection (RFC 9293 section 3.10.7.1).

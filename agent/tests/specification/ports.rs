@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use keelway_layout::{Hook, Reason};
 use serde_json::json;
 
-use crate::kernel::{Dsr, Kernel, NODE, REDIRECT, ip, pod};
+use crate::kernel::{Dsr, Kernel, NODE, REDIRECT, ip, is_behind_v6, pod};
 use crate::packet::{self, ACK, FIN, RST, SCTP, SYN, TCP, UDP};
 use crate::writes::put;
 
@@ -144,6 +144,46 @@ fn what_is_for_no_service_of_the_range_is_dropped() {
             for proto in [TCP, UDP] {
                 let did = kernel.run(hook, &packet::flow(from, nobody, proto, SYN));
                 assert_eq!((did.run.verdict, &did.counted[..]), (2, &[Reason::NoEndpoint][..]), "{hook:?} {proto}");
+            }
+        }
+    }
+}
+
+/// The hook before tc's sends through the tunnel what fits with the tunnel's headers; the rest it leaves as it is.
+#[test]
+fn what_does_not_fit_with_the_tunnels_headers_goes_on_to_tc() {
+    const XDP_PASS: i32 = 2;
+    const XDP_TX: i32 = 3;
+    for (v6, last) in [(false, SERVER), (true, SERVER), (false, SERVER + 1), (true, SERVER + 1)] {
+        let Some((mut kernel, _)) = kernel(v6) else { return };
+        let backend = pod(2, last, v6);
+        put(
+            &mut kernel.services,
+            json!({"kind": "EndpointSlice", "addressType": if v6 { "IPv6" } else { "IPv4" },
+            "ports": [{"name": "u", "protocol": "UDP", "port": 8080}],
+            "metadata": {"namespace": "ns", "name": "s-1", "labels": {"kubernetes.io/service-name": "s"}},
+            "endpoints": [{"addresses": [backend]}]}),
+        );
+        let external = ip(if v6 { "2001:db8:e::10" } else { "198.51.100.10" });
+        put(
+            &mut kernel.services,
+            json!({"kind": "Service", "metadata": {"namespace": "ns", "name": "s"},
+            "spec": {"type": "NodePort", "clusterIPs": [if v6 { "fd00:10:96::1" } else { "10.96.0.1" }],
+            "ipFamilies": [if v6 { "IPv6" } else { "IPv4" }], "externalIPs": [external],
+            "ports": [{"name": "u", "protocol": "UDP", "port": 80}]}}),
+        );
+        kernel.apply();
+        let client = SocketAddr::new(ip(if v6 { "2001:db8:1::1" } else { "203.0.113.1" }), 40_000);
+        let fits = 1500 - if is_behind_v6(backend) { 70 } else { 50 };
+        for (length, verdict) in [(fits, XDP_TX), (fits + 1, XDP_PASS), (1500, XDP_PASS), (fits, XDP_TX)] {
+            let sent = packet::datagram(client, SocketAddr::new(external, 80), length);
+            let did = kernel.run_alone(Hook::NodeXdp, &sent);
+            assert_eq!(did.run.verdict, verdict, "{length} bytes to {backend}: {:?}", did.counted);
+            let is_left = did.run.packet == sent && did.counted.is_empty();
+            assert_eq!(is_left, verdict == XDP_PASS, "{length} bytes to {backend}: {:?}", did.counted);
+            if verdict == XDP_TX {
+                let (inside, _) = packet::tunnelled(&did.run.packet).expect("the tunnel's headers");
+                assert_eq!(packet::read(&inside).map(|seen| seen.dst), Ok(SocketAddr::new(backend, 8080)));
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Objects in, packets in, verdicts out: the format of the files in `scenarios/`, and what runs it.
 
 mod affinity;
+mod tunnel;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -518,6 +519,9 @@ impl Runner<'_> {
 
     /// What the backend answers, and its ICMP errors, come from whom the client dialled; the client's errors reach the backend.
     fn answers(&mut self, case: &Case, client: SocketAddr, did: &Did, seen: Seen) -> Result<(), String> {
+        if case.from == From::Outside && is_remote_pod(seen.dst.ip()) && !self.routed {
+            return self.answers_by_tunnel(case, client, seen);
+        }
         let Some(hook) = self.answering_hook(case, seen.dst.ip()) else { return Ok(()) };
         let (mut request, mut seen) = (did.run.packet.clone(), seen);
         if case.from == From::Pod && hook == Hook::NodeIngress {

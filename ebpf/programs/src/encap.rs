@@ -1,4 +1,5 @@
-//! Into the tunnel without its device: puts around a frame what that would, before the kernel has made anything of it.
+//! The tunnel without its device: puts around a frame what that would, and finds what is inside of one, before the kernel has made
+//! anything of it.
 
 use core::mem::size_of;
 
@@ -7,12 +8,17 @@ use zerocopy::{Immutable, IntoBytes};
 
 use crate::frame::Frame as _;
 use crate::kernel::{lpm_get, random};
-use crate::maps::{OUTER, TUNNELS};
+use crate::maps::{NODE, OUTER, TUNNELS};
 use crate::parse::{ETH_LEN, Packet, UDP};
+use crate::vxlan::TUNNEL_ID;
 use crate::xdp::{Macs, Xdp, way_through};
 
 const UDP_LEN: u32 = 8;
 const VXLAN_LEN: u32 = 8;
+const IPV4: u16 = be(0x0800);
+const IPV6: u16 = be(0x86dd);
+/// "Congestion experienced".
+const CONGESTED: u8 = 3;
 /// As `Skb::set_tunnel` asks for.
 const TTL: u8 = 64;
 /// Of the outer source ports, that spread flows over paths and queues and are nobody's: the kernel's own range for them
@@ -78,6 +84,8 @@ pub fn prepare(frame: Xdp, packet: &Packet, node: &NodeConfig, backend: &Addr, i
         return false;
     }
     let link = if outer.is_v6 { &mut outer.v6.link } else { &mut outer.v4.link };
+    let Ok(meant_for) = frame.load(0) else { return false };
+    link.macs[0] = meant_for;
     if !way_through(frame, outer_length(frame, outer.is_v6), own, &to.remote, &mut link.macs) {
         return false;
     }
@@ -90,13 +98,13 @@ pub fn prepare(frame: Xdp, packet: &Packet, node: &NodeConfig, backend: &Addr, i
     tail.flags = [be(0x0800), 0];
     tail.id = [be(id >> 8), be(id << 8)];
     let Ok(head) = frame.load(ETH_LEN) else { return false };
-    let class = class(head, packet.v6);
+    let class = outer_class(traffic_class(head, packet.v6));
     if outer.is_v6 {
-        outer.v6.link.kind = be(0x86dd);
+        outer.v6.link.kind = IPV6;
         ipv6(&mut outer.v6, class, own, &to.remote);
         frame.can_grow(size_of::<V6>() as u32)
     } else {
-        outer.v4.link.kind = be(0x0800);
+        outer.v4.link.kind = IPV4;
         ipv4(&mut outer.v4, class, own, &to.remote);
         frame.can_grow(size_of::<V4>() as u32)
     }
@@ -123,14 +131,49 @@ pub fn wrap(frame: Xdp) -> Result<(), Reason> {
     }
 }
 
-/// The two bits that outer headers take over, of which congestion that was met before the tunnel is not one (RFC 3168, section
-/// 9.1.1). `head` is how the packet begins.
+/// How many bytes stand before what is inside of a packet out of the tunnel, where that is for the node itself; else, and where the
+/// tunnel's device would do more than take off its headers, 0.
+#[inline(never)]
+pub fn before_inner(frame: Xdp, packet: &Packet) -> u32 {
+    let Some(node) = NODE.get(0) else { return 0 };
+    const VERSION: u16 = be(0x0800);
+    let length = frame.len().wrapping_sub(packet.l4);
+    let (length_at, header) = if packet.v6 { (4, 0) } else { (2, 20) };
+    let bytes = packet.l4 + UDP_LEN + VXLAN_LEN;
+    let (Ok(tail), Ok(whole), Ok(head), Ok(kind)) = (
+        frame.load::<[u16; 8]>(packet.l4),
+        frame.load::<u16>(ETH_LEN + length_at),
+        frame.load::<[u8; 2]>(ETH_LEN),
+        frame.load::<u16>(bytes + ETH_LEN - 2),
+    ) else {
+        return 0;
+    };
+    // A checksum would be to verify, and congestion on the way to be told inside.
+    let plain = tail[3] == 0 && traffic_class(head, packet.v6) != CONGESTED;
+    let ours = tail[4] == VERSION && tail[5] == 0 && tail[6] == be(TUNNEL_ID >> 8) && tail[7] == be(TUNNEL_ID << 8);
+    if !plain || !ours || tail[2] != be(length) || whole != be(length + header) {
+        return 0;
+    }
+    let inside = bytes + ETH_LEN;
+    let for_node = match kind {
+        IPV4 => frame.load(inside + 16).is_ok_and(|to| Addr::from_v4_word(to) == node.node_v4),
+        IPV6 => frame.load(inside + 24).is_ok_and(|to| Addr::from_words(to) == node.node_v6),
+        _ => false,
+    };
+    if for_node { bytes } else { 0 }
+}
+
+/// What of the way's congestion a header tells (RFC 3168, section 5); `head` is how it begins.
 #[inline(always)]
-const fn class(head: [u8; 2], v6: bool) -> u8 {
-    const CONGESTED: u8 = 3;
+const fn traffic_class(head: [u8; 2], v6: bool) -> u8 {
+    (if v6 { head[1] >> 4 } else { head[1] }) & 3
+}
+
+/// What of it outer headers take over: not congestion that was met before the tunnel (RFC 3168, section 9.1.1).
+#[inline(always)]
+const fn outer_class(class: u8) -> u8 {
     const CAPABLE: u8 = 2;
-    let bits = if v6 { head[1] >> 4 } else { head[1] } & 3;
-    if bits == CONGESTED { CAPABLE } else { bits }
+    if class == CONGESTED { CAPABLE } else { class }
 }
 
 #[inline(always)]

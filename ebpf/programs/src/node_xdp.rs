@@ -6,15 +6,15 @@
 //! tables, tc finds, so that a flow may go by either.
 
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_TX};
-use keelway_layout::{CtKey, NodeConfig, Reason, scope};
+use keelway_layout::{Addr, CtKey, NodeConfig, PrefixKey, Reason, node_flags, scope};
 
 use crate::count::{Account, count};
 use crate::ct::{self, Way};
 use crate::frame::Frame;
-use crate::kernel::now;
+use crate::kernel::{lpm_get, now};
 use crate::lb::{self, Asked, Client, Outcome};
-use crate::maps::NODE;
-use crate::parse::{ETH_LEN, Kind, Packet, SCTP, TCP, UDP};
+use crate::maps::{NODE, TUNNELS};
+use crate::parse::{self, ETH_LEN, Kind, Packet, SCTP, TCP, UDP};
 use crate::pod::endpoint;
 use crate::rewrite::{self, Side};
 use crate::service::{self, goes_by_tunnel};
@@ -48,10 +48,20 @@ pub fn ingress(frame: Xdp, packet: &mut Packet, account: &mut Account) -> Result
     let mut macs = Macs::default();
     let mut found = Found::New;
     if packet.tuple.dst == *own {
+        macs[0] = frame.load(0)?;
         if packet.tuple.proto == UDP && packet.tuple.dport == node.vxlan_port {
-            return Ok(XDP_PASS);
+            let outside = open(frame, packet, node)?;
+            if outside == 0 {
+                return Ok(XDP_PASS);
+            }
+            found = answer(frame, packet, node, &mut macs)?;
+            if found != Found::Back {
+                frame.grow(outside)?;
+                return Ok(XDP_PASS);
+            }
+        } else {
+            found = answer(frame, packet, node, &mut macs)?;
         }
-        found = answer(frame, packet, node, &mut macs)?;
     }
     if found == Found::New {
         if endpoint(&packet.tuple.dst).is_some() {
@@ -69,6 +79,28 @@ pub fn ingress(frame: Xdp, packet: &mut Packet, account: &mut Account) -> Result
         Found::Through | Found::HandedOn => encap::wrap(frame)?,
     }
     Ok(XDP_TX)
+}
+
+/// Takes the tunnel's headers off a packet that may be a backend's answer to the node itself, and parses what is inside; the number
+/// of their bytes. Of others they stay, or are put back: 0.
+#[inline(never)]
+fn open(frame: Xdp, packet: &mut Packet, node: &NodeConfig) -> Result<u32, Reason> {
+    let bytes = encap::before_inner(frame, packet);
+    let sender = packet.tuple.src;
+    // Whether the frame may begin again where it does.
+    if bytes == 0 || node.flags & node_flags::VXLAN == 0 || frame.grow(0).is_err() || frame.cut(bytes).is_err() {
+        return Ok(0);
+    }
+    if parse::packet(frame, packet).is_ok() && is_sent_by(packet, &sender) && is_plain(frame, packet) {
+        return Ok(bytes);
+    }
+    frame.grow(bytes).map(|()| 0)
+}
+
+/// Whether a packet's source is behind the node that sent it, as the tunnel's own hook wants it.
+#[inline(always)]
+fn is_sent_by(packet: &Packet, sender: &Addr) -> bool {
+    lpm_get(&TUNNELS, &PrefixKey::host(packet.tuple.src)).is_some_and(|from| from.remote == *sender)
 }
 
 /// A packet that may be for a Service, to a backend elsewhere.
@@ -99,7 +131,10 @@ fn dialled(frame: Xdp, packet: &mut Packet, account: &mut Account, macs: &mut Ma
     let found = if goes_by_tunnel(node, addr) { Found::Through } else { Found::Back };
     let leaves = match found {
         Found::Through => encap::prepare(frame, packet, node, addr, TUNNEL_ID),
-        _ => way_back(frame, packet, own, addr, macs),
+        _ => {
+            macs[0] = frame.load(0)?;
+            way_back(frame, packet, own, addr, macs)
+        }
     };
     if !leaves {
         return Ok(Found::Tc);

@@ -31,11 +31,17 @@ impl Xdp {
         check(unsafe { h::bpf_xdp_adjust_head(self.0, -(bytes as i32)) })
     }
 
+    /// Cuts off the first `bytes`, which [`Self::grow`] puts back unless they were written over.
+    #[inline(always)]
+    pub fn cut(self, bytes: u32) -> Result<(), Reason> {
+        // SAFETY: as above.
+        check(unsafe { h::bpf_xdp_adjust_head(self.0, bytes as i32) })
+    }
+
     /// Whether there is that much room. It is as it was then: what was before the packet is nobody's.
     #[inline(always)]
     pub fn can_grow(self, bytes: u32) -> bool {
-        // SAFETY: as above.
-        self.grow(bytes).is_ok() && unsafe { h::bpf_xdp_adjust_head(self.0, bytes as i32) } == 0
+        self.grow(bytes).is_ok() && self.cut(bytes).is_ok()
     }
 }
 
@@ -113,7 +119,7 @@ fn mend(frame: Xdp, offset: u32, from: u32, to: u32, optional: bool) -> Result<(
 }
 
 /// The hardware addresses under which a packet from `src` to `dst` goes on out of the device that it came by, if that is where the
-/// node's routes lead, the neighbour is known, the packet fits and it was meant for this device.
+/// node's routes lead, the neighbour is known, the packet fits and it was meant for this device: `into` says whom it came to.
 #[inline(never)]
 pub fn way_back(frame: Xdp, packet: &Packet, src: &Addr, dst: &Addr, into: &mut Macs) -> bool {
     leads_back(frame, (packet.tuple.proto, frame.len().wrapping_sub(ETH_LEN)), src, dst, into)
@@ -143,6 +149,7 @@ fn leads_back(frame: Xdp, (proto, length): (u8, u32), src: &Addr, dst: &Addr, in
     if found as u32 != BPF_FIB_LKUP_RET_SUCCESS || params.ifindex != frame.ifindex() {
         return false;
     }
+    let meant_for = into[0];
     *into = [params.dmac, params.smac];
-    frame.load(0) == Ok(params.smac)
+    meant_for == params.smac
 }
