@@ -6,6 +6,7 @@ use keelway_api::v1::inspect_server::Inspect;
 use keelway_api::v1::{
     Counts, Drop, Hook, ListServicesRequest, MapFill, NodeStatusRequest, NodeStatusResponse, ServiceState, SourceKind,
 };
+use keelway_layout::Reason;
 use keelway_maps::Connections;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
@@ -68,6 +69,11 @@ impl InspectService {
         let network = self.network.borrow().clone();
         let of_map = |name: &str| engine.fill.iter().find(|fill| fill.name == name).map_or(0, |fill| fill.entries);
         let kind = |kind: Kind| self.source.kind(kind);
+        let counted = |hook, reason| {
+            let found = engine.counters.iter().find(|counter| (counter.0, counter.1) == (hook, reason));
+            found.map_or(0, |(_, _, counter)| counter.packets)
+        };
+        let xdp_packets = counted(keelway_layout::Hook::NodeXdp, Reason::Forwarded);
         let counts = Counts {
             services: engine.services as u64,
             services_left_out: engine.services_left_out as u64,
@@ -131,6 +137,7 @@ impl InspectService {
             routing: self.config.routing.as_str().into(),
             load_balancer_mode: self.config.load_balancer_mode.as_str().into(),
             xdp: self.config.xdp.as_str().into(),
+            xdp_packets,
             mtu: network.map_or(0, |network| network.mtu),
             generation: engine.generation,
             uptime_seconds: engine.uptime_seconds,

@@ -26,6 +26,7 @@ pub fn node_status(status: &NodeStatusResponse, volumes: &Volumes) -> Value {
         "routing": status.routing,
         "loadBalancerMode": status.load_balancer_mode,
         "xdp": status.xdp,
+        "xdpPackets": status.xdp_packets,
         "mtu": status.mtu,
         "generation": status.generation,
         "counts": {

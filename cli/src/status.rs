@@ -35,7 +35,7 @@ pub fn table(status: &NodeStatusResponse, volumes: &Volumes) -> String {
         ("Pod CIDRs", or_none(&status.pod_cidrs.join(", "))),
         ("Routing", format!("{}, MTU {}", status.routing, status.mtu)),
         ("Load balancing", or_none(&status.load_balancer_mode)),
-        ("XDP", or_none(&status.xdp)),
+        ("XDP", by_xdp(status)),
         ("Generation", status.generation.to_string()),
         ("Services", format!("{} ({} frontends, {} backends)", counts.services, counts.frontends, counts.backends)),
         ("Policies", format!("{} ({} rules, {} identities)", counts.policies, counts.policy_rules, counts.identities)),
@@ -82,6 +82,14 @@ fn section(title: &str, heading: &[&str], rows: Vec<Vec<String>>) -> String {
     match rows.is_empty() {
         true => format!("\n{title}\n  none\n"),
         false => format!("\n{title}\n{}", table::render(heading, &rows)),
+    }
+}
+
+fn by_xdp(status: &NodeStatusResponse) -> String {
+    match (status.xdp.as_str(), status.xdp_packets) {
+        (mode, 0) => or_none(mode),
+        // They count for as long as the node is up, whatever the setting is now.
+        (mode, packets) => format!("{mode} ({packets} packets turned round)"),
     }
 }
 
@@ -153,6 +161,7 @@ mod tests {
             routing: "vxlan".into(),
             load_balancer_mode: "snat".into(),
             xdp: "off".into(),
+            xdp_packets: 0,
             mtu: 1450,
             generation: 2,
             uptime_seconds: 3700,
@@ -183,6 +192,13 @@ mod tests {
         ] {
             assert!(page.lines().any(|found| found == line), "{line:?} is missing from\n{page}");
         }
+    }
+
+    #[test]
+    fn what_went_by_xdp_is_counted() {
+        let status = NodeStatusResponse { xdp: "native".into(), xdp_packets: 1200, ..status() };
+        let line = "XDP             native (1200 packets turned round)";
+        assert!(table(&status, &volumes()).lines().any(|found| found == line));
     }
 
     #[test]

@@ -283,8 +283,13 @@ fn turns_round(way: Way) {
     let few = 8;
 
     nodes.set("generic", Some("xdp generic"));
+    let turned = || s.status(1).unwrap()["xdpPackets"].as_u64().unwrap();
+    let before = turned();
     let left = everywhere(&nodes);
     assert!(left <= few, "{left} of {by_tc}");
+    // In and out there is one.
+    let turned = turned() - before;
+    assert!(turned + left >= 12 * 10 * way.seen / 2, "{turned} of {by_tc}");
     // On the other node is the pod: its own node port leads to it by tc.
     let local = (of(s.node(2), false), NODE_PORT).into();
     assert_eq!(probe::<Asked>(s, "ask", local, &["--count", "10"]).answered(), 10);
