@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use keelway_lab::cluster::conformance::{self, Fate};
-use keelway_lab::cluster::{self, Cluster, programs, storage};
+use keelway_lab::cluster::{self, Cluster, balancer, programs, storage};
 use keelway_lab::enter::Enter;
 use keelway_lab::standalone::{self, Standalone};
 use keelway_lab::{Host, Lab, bench, boot, clean, demo, enter, netns};
@@ -68,6 +68,8 @@ enum Command {
         all: bool,
     },
     #[command(hide = true)]
+    Balance(balancer::Balance),
+    #[command(hide = true)]
     BenchCni(bench::Calls),
     #[command(hide = true)]
     BenchFlood(bench::Flood),
@@ -91,7 +93,7 @@ enum ClusterCommand {
         #[arg(long)]
         suite: bool,
     },
-    /// Bring a cluster up and leave it.
+    /// Bring a cluster up and leave it. Services of type LoadBalancer get addresses from a stand-in for a cloud's balancer.
     Up {
         /// How many nodes.
         #[arg(default_value_t = 2)]
@@ -124,7 +126,7 @@ enum ClusterCommand {
         /// The archives.
         archives: Vec<PathBuf>,
     },
-    /// Run upstream's suite: the network's [Conformance] specs, and those of Services, DNS and proxy that need no cloud
+    /// Run upstream's suite: the network's [Conformance] specs, and those of Services, DNS and proxy that can run here
     /// (tests/cluster/network-specs.txt).
     Conformance {
         /// Only specs that match a regular expression, whatever they are about.
@@ -162,6 +164,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Bench => return Ok(i32::from(!bench::run()?)),
         Command::BenchServices(options) => return Ok(i32::from(!bench::services(&options)?)),
         Command::BenchCsi => return Ok(i32::from(!bench::volumes()?)),
+        Command::Balance(balance) => balancer::run(&balance)?,
         Command::BenchCni(calls) => calls.run()?,
         Command::BenchFlood(flood) => flood.run()?,
         Command::BenchTurns(turns) => turns.run()?,
@@ -219,6 +222,7 @@ fn cluster(id: &str, command: ClusterCommand) -> Result<i32> {
         }
         ClusterCommand::Up { nodes } => {
             let cluster = Cluster::up(id, nodes)?;
+            balancer::start(&cluster)?;
             print!("{}", cluster.kubectl(&["get", "nodes", "-o", "wide"])?);
             cluster.lab.keep()?;
         }

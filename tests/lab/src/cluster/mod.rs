@@ -1,4 +1,5 @@
 //! A real, dual-stack Kubernetes in the lab: a control plane on a machine that is no node, kubelets on the nodes.
+pub mod balancer;
 pub mod conformance;
 mod control_plane;
 pub mod demo;
