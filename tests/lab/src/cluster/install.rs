@@ -65,8 +65,30 @@ fn fit(rendered: &str, server: &str) -> Result<String> {
     Ok(rendered.replacen(next, &format!("api-servers: {server}\n{indent}{next}"), 1))
 }
 
-/// Applies CoreDNS: two pods behind the Service that kubelets tell pods of.
+/// What the name server outside knows. The Internet is not reached from a lab: the names are the few that upstream's specs ask
+/// it for.
+const OUTSIDE_NAMES: &str = r#"
+. {
+    template IN PTR in-addr.arpa ip6.arpa {
+        match ^8[.]8[.]8[.]8[.]in-addr[.]arpa[.]$
+        match ^8[.]8[.]8[.]8[.](0[.]){16}0[.]6[.]8[.]4[.]0[.]6[.]8[.]4[.]1[.]0[.]0[.]2[.]ip6[.]arpa[.]$
+        answer "{{ .Name }} 60 IN PTR dns.google."
+        fallthrough
+    }
+    template ANY ANY {
+        rcode NXDOMAIN
+    }
+}
+"#;
+
+/// Applies CoreDNS: two pods behind the Service that kubelets tell pods of. What is not of the cluster they ask a name server
+/// outside, as on every site.
 pub fn coredns(cluster: &Cluster) -> Result<()> {
+    let outside = &cluster.lab.outside;
+    let config = outside.dir.join("names");
+    std::fs::write(&config, OUTSIDE_NAMES)?;
+    let program = cluster.bin.join("coredns");
+    outside.spawn("names", &[&program.to_string_lossy(), "-conf", &config.to_string_lossy()])?.keep();
     let path = root().join("tests/cluster/coredns.yaml");
     cluster.apply(&std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?)
 }
