@@ -21,8 +21,8 @@ impl Runner<'_> {
         let sender = ip(OTHER_NODE[usize::from(is_behind_v6(seen.dst.ip()))]);
         let stranger: IpAddr = ip(if sender.is_ipv6() { "2001:db8::3" } else { "192.0.2.3" });
         let answer = packet::flow(seen.dst, seen.src, case.proto(), SYN | ACK);
-        let unasked = SocketAddr::new(seen.src.ip(), seen.src.port() ^ 1);
-        let unasked = packet::flow(seen.dst, unasked, case.proto(), SYN | ACK);
+        // From a port that is no backend's: of this node's any may be another flow's.
+        let unasked = packet::flow((seen.dst.ip(), 9).into(), seen.src, case.proto(), SYN | ACK);
         let for_tc = match self.compared % 6 {
             0 => packet::through(&answer, stranger, ID, 0, 0),
             1 => packet::through(&answer, sender, ID + 1, 0, 0),
