@@ -107,7 +107,7 @@ impl Balancer {
     /// Routes first, so that an address that a Service shows is led somewhere, and one that it gives back is not.
     async fn turn(&mut self) -> Result<()> {
         let services = self.services.state();
-        let nodes: Vec<[Option<IpAddr>; 2]> = self.nodes.state().iter().filter_map(|node| plan::node(node)).collect();
+        let nodes: Vec<IpAddr> = self.nodes.state().iter().flat_map(|node| plan::addresses(node)).collect();
         let balanced: Vec<&Arc<Service>> = services.iter().filter(|service| plan::wants(service)).collect();
         self.numbers.keep(&balanced.iter().filter_map(|service| service.uid()).collect());
         let healthy = healthy(&balanced, &nodes).await;
@@ -116,11 +116,11 @@ impl Balancer {
             let number = self.numbers.of(&service.uid().unwrap_or_default())?;
             for entry in plan::ingress(service, number) {
                 let to: IpAddr = entry.ip.unwrap_or_default().parse()?;
-                let fit = |node: &&[Option<IpAddr>; 2]| match plan::health_port(service) {
-                    Some(port) => node.iter().flatten().any(|address| healthy.contains(&(*address, port).into())),
-                    None => true,
+                let fit = |node: &&IpAddr| {
+                    let well = |port| healthy.contains(&(**node, port).into());
+                    node.is_ipv6() == to.is_ipv6() && plan::health_port(service).is_none_or(well)
                 };
-                let nodes = nodes.iter().filter(fit).filter_map(|node| node[usize::from(to.is_ipv6())]).collect();
+                let nodes = nodes.iter().filter(fit).copied().collect();
                 wanted.insert(to, Lead { nodes, sticky: plan::sticky(service) });
             }
         }
@@ -166,11 +166,11 @@ impl Balancer {
     }
 }
 
-/// Those of the Services' health check ports that answer 200 now.
-async fn healthy(services: &[&Arc<Service>], nodes: &[[Option<IpAddr>; 2]]) -> BTreeSet<SocketAddr> {
+/// Those of the Services' health check ports that answer 200 now. Each family of a Service has its own.
+async fn healthy(services: &[&Arc<Service>], nodes: &[IpAddr]) -> BTreeSet<SocketAddr> {
     let ports: BTreeSet<u16> = services.iter().filter_map(|service| plan::health_port(service)).collect();
     let mut asking = JoinSet::new();
-    for address in nodes.iter().filter_map(|node| node.iter().flatten().next()) {
+    for address in nodes {
         for port in &ports {
             let to = SocketAddr::new(*address, *port);
             asking.spawn(async move { matches!(timeout(TURN, ask(to)).await, Ok(Ok(()))).then_some(to) });

@@ -66,17 +66,17 @@ pub fn sticky(service: &Service) -> bool {
     service.spec.as_ref().is_some_and(|spec| spec.session_affinity.as_deref() == Some("ClientIP"))
 }
 
-/// A node's address for each family, if it may get packets: ready, not going, and not excluded.
-pub fn node(node: &Node) -> Option<[Option<IpAddr>; 2]> {
-    let status = node.status.as_ref()?;
-    let ready = status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
+/// A node's addresses, if it may get packets: ready, not going, and not excluded.
+pub fn addresses(node: &Node) -> Vec<IpAddr> {
+    let status = node.status.iter();
+    let mut conditions = status.clone().flat_map(|status| status.conditions.iter().flatten());
+    let ready = conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True");
     let excluded = node.metadata.labels.iter().flatten().any(|(name, _)| name == EXCLUDED);
     if !ready || excluded || node.metadata.deletion_timestamp.is_some() {
-        return None;
+        return Vec::new();
     }
-    let internal = status.addresses.iter().flatten().filter(|address| address.type_ == "InternalIP");
-    let all: Vec<IpAddr> = internal.filter_map(|address| address.address.parse().ok()).collect();
-    Some([false, true].map(|v6| all.iter().copied().find(|address| address.is_ipv6() == v6)))
+    let internal = status.flat_map(|status| status.addresses.iter().flatten()).filter(|it| it.type_ == "InternalIP");
+    internal.filter_map(|it| it.address.parse().ok()).collect()
 }
 
 /// The one of the nodes that a machine's packets go to for as long as it is there, as balancers do that hash a client's address.
@@ -123,7 +123,7 @@ mod tests {
     use k8s_openapi::api::core::v1::{Node, Service};
     use serde_json::json;
 
-    use super::{Numbers, health_port, ingress, node, one_for, wants};
+    use super::{Numbers, addresses, health_port, ingress, one_for, wants};
 
     fn service(spec: &serde_json::Value) -> Service {
         serde_json::from_value(json!({"metadata": {"name": "a", "uid": "u"}, "spec": spec})).unwrap()
@@ -133,8 +133,8 @@ mod tests {
     fn a_balanced_service_gets_an_address_of_each_family_in_its_order() {
         let both = service(&json!({"type": "LoadBalancer", "ipFamilies": ["IPv6", "IPv4"]}));
         assert!(wants(&both));
-        let addresses: Vec<String> = ingress(&both, 7).into_iter().filter_map(|entry| entry.ip).collect();
-        assert_eq!(addresses, ["2001:db8:51::7", "198.51.100.7"]);
+        let given: Vec<String> = ingress(&both, 7).into_iter().filter_map(|entry| entry.ip).collect();
+        assert_eq!(given, ["2001:db8:51::7", "198.51.100.7"]);
         assert!(!wants(&service(&json!({"type": "NodePort"}))));
         assert!(!wants(&service(&json!({"type": "LoadBalancer", "loadBalancerClass": "example.com/other"}))));
         let mut going = both;
@@ -157,9 +157,9 @@ mod tests {
                 "addresses": [{"type": "Hostname", "address": "n"}, {"type": "InternalIP", "address": "10.0.0.1"}]}}))
             .unwrap()
         };
-        assert_eq!(node(&of("True", json!({}))), Some([Some("10.0.0.1".parse().unwrap()), None]));
-        assert_eq!(node(&of("Unknown", json!({}))), None);
-        assert_eq!(node(&of("True", json!({super::EXCLUDED: ""}))), None);
+        assert_eq!(addresses(&of("True", json!({}))), ["10.0.0.1".parse::<IpAddr>().unwrap()]);
+        assert!(addresses(&of("Unknown", json!({}))).is_empty());
+        assert!(addresses(&of("True", json!({super::EXCLUDED: ""}))).is_empty());
     }
 
     #[test]
