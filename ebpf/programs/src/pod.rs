@@ -9,7 +9,7 @@ use crate::frame::Frame as _;
 use crate::kernel::{Skb, lpm_get, now};
 use crate::lb::{self, Asked, Client, Outcome};
 use crate::maps::{ENDPOINTS, NODE, TUNNELS};
-use crate::parse::{self, ACK, FIN, Kind, Packet, RST, SCTP, SYN, TCP, UDP};
+use crate::parse::{self, FIN, Kind, Packet, RST, SCTP, TCP, UDP};
 use crate::policy::{admit_known, admit_new, identity_of};
 use crate::rewrite::{self, Side};
 use crate::{deliver, refuse, service};

@@ -283,8 +283,8 @@ fn counters(lab: &Lab) -> Result<HashMap<u64, (String, u64, u64)>> {
 pub(super) enum Load {
     /// Small UDP packets of flows that are known: the hooks on devices.
     Packets,
-    /// The same, and of the hooks on devices only the one before the kernel's stack.
-    Early,
+    /// The same in a mode of routing, and of the hooks on devices only the one before the kernel's stack.
+    Early(&'static str),
     /// New connections and questions: the hooks on sockets.
     Sockets,
 }
@@ -312,7 +312,7 @@ pub(super) fn programs(
         let of_devices = |name: &str| ["pod_", "node_", "vxlan_"].iter().any(|prefix| name.starts_with(prefix));
         let wanted = |name: &str| match load {
             Load::Packets => of_devices(name),
-            Load::Early => name == "node_xdp",
+            Load::Early(_) => name == "node_xdp",
             Load::Sockets => !of_devices(name),
         };
         for (name, (time, runs)) in by_name.into_iter().filter(|(name, (_, runs))| *runs >= 100 && wanted(name)) {
@@ -320,7 +320,11 @@ pub(super) fn programs(
         }
     }
     ensure!(!figures.is_empty(), "no pinned program ran");
-    let on = if load == Load::Sockets { "each call" } else { "each packet of a known flow" };
+    let on = match load {
+        Load::Packets => "each packet of a known flow".to_owned(),
+        Load::Early(routing) => format!("each packet of a known flow ({routing})"),
+        Load::Sockets => "each call".to_owned(),
+    };
     for (name, ours) in figures {
         report.row(&format!("program {name}, {on}"), "ns", ours, None);
     }

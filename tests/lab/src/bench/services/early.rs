@@ -23,6 +23,7 @@ const FLOODS: usize = 3;
 
 struct Nodes {
     s: Standalone,
+    routing: &'static str,
     file: PathBuf,
     sink: Pod,
 }
@@ -30,25 +31,28 @@ struct Nodes {
 /// Measures it, `turns` times by either way; the devices are veths, whose drivers make what XDP saves, and turn it into a socket buffer again.
 pub(super) fn measure(turns: usize, report: &mut Report) -> Result<()> {
     println!("node port to another node: tc, XDP");
-    let nodes = Nodes::new()?;
-    for mode in ["generic", "native"] {
-        let mut pairs = Vec::new();
-        for _ in 0..turns {
-            let [ours, tc] = [nodes.floods(mode)?, nodes.floods("off")?];
-            pairs.extend(ours.into_iter().zip(tc).map(|(ours, tc)| [ours, tc]));
+    for routing in ["routed", "vxlan"] {
+        let nodes = Nodes::new(routing)?;
+        for mode in ["generic", "native"] {
+            let mut pairs = Vec::new();
+            for _ in 0..turns {
+                let [ours, tc] = [nodes.floods(mode)?, nodes.floods("off")?];
+                pairs.extend(ours.into_iter().zip(tc).map(|(ours, tc)| [ours, tc]));
+            }
+            let what = format!("packets to a node port, backend on another node ({routing}), XDP {mode} on veth");
+            report.pairs(&what, "1/s", &pairs, "tc");
         }
-        let what = format!("packets to a node port, backend on another node, XDP {mode} on veth");
-        report.pairs(&what, "1/s", &pairs, "tc");
+        nodes.set("native")?;
+        traffic::programs(&nodes.s.lab, report, Load::Early(routing), || nodes.flood().map(drop))?;
     }
-    nodes.set("native")?;
-    traffic::programs(&nodes.s.lab, report, Load::Early, || nodes.flood().map(drop))
+    Ok(())
 }
 
 impl Nodes {
-    fn new() -> Result<Self> {
+    fn new(routing: &'static str) -> Result<Self> {
         let lab = Lab::new(2)?;
         let file = lab.dir.join("agent.yaml");
-        fs::write(&file, text("off"))?;
+        fs::write(&file, text(routing, "off"))?;
         let s = Standalone::on(lab, &["--config", &file.display().to_string()])?;
         let sink = s.pod(2, "sink", &[])?;
         let spec = json!({
@@ -59,11 +63,11 @@ impl Nodes {
         s.put_service("sink", &spec, &json!({}), &[backend])?;
         // As what comes over a real wire: tc serves senders that leave it to the device.
         s.lab.outside.run(&["ethtool", "-K", "eth0", "tx", "off"])?;
-        Ok(Self { s, file, sink })
+        Ok(Self { s, routing, file, sink })
     }
 
     fn set(&self, mode: &str) -> Result<()> {
-        fs::write(&self.file, text(mode))?;
+        fs::write(&self.file, text(self.routing, mode))?;
         self.s.stop_agent(1, Signal::SIGKILL)?;
         self.s.start_agent(1)?;
         self.s.wait_synced(1)?;
@@ -116,6 +120,6 @@ impl Nodes {
     }
 }
 
-fn text(xdp: &str) -> String {
-    format!("routing: routed\nxdp: {xdp}\n")
+fn text(routing: &str, xdp: &str) -> String {
+    format!("routing: {routing}\nxdp: {xdp}\n")
 }
