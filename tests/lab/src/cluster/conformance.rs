@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn the_list_sorts_every_spec_once() {
         let sorted = Sorted::read(SPECS).unwrap();
-        assert!(sorted.run.len() > 100 && sorted.cannot.len() > 20 && sorted.other.len() > 50);
+        assert!(sorted.run.len() > 100 && sorted.cannot.len() > 10 && sorted.other.len() > 50);
         let lines = SPECS.lines().filter(|line| line.starts_with('[')).count();
         assert_eq!(lines, sorted.run.len() + sorted.cannot.len() + sorted.other.len(), "a spec stands twice");
         let mut suite: BTreeSet<String> = SPECS.lines().filter(|line| line.starts_with('[')).map(Into::into).collect();
