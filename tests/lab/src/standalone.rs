@@ -353,3 +353,19 @@ impl Standalone {
         self.write(&format!("service-{name}"), &text)
     }
 }
+
+/// A lab of this many nodes, whose agents have these flags beside their usual ones; the test that calls it is skipped, with the
+/// reason, where programs are missing.
+#[macro_export]
+macro_rules! standalone_or_skip {
+    ($nodes:expr) => {
+        $crate::standalone_or_skip!($nodes, &[])
+    };
+    ($nodes:expr, $args:expr) => {{
+        if let Some(reason) = $crate::standalone::missing() {
+            println!("skipped: {reason}");
+            return;
+        }
+        $crate::standalone::Standalone::new($nodes, $args).unwrap()
+    }};
+}

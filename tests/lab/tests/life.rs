@@ -4,18 +4,9 @@ use std::net::SocketAddr;
 
 use keelway_lab::probe::Asked;
 use keelway_lab::sh::{self, SOON, wait_for};
-use keelway_lab::standalone::{self, Pod, Standalone};
+use keelway_lab::standalone::{Pod, Standalone};
+use keelway_lab::standalone_or_skip;
 use nix::sys::signal::Signal;
-
-macro_rules! standalone_or_skip {
-    ($nodes:expr) => {{
-        if let Some(reason) = standalone::missing() {
-            println!("skipped: {reason}");
-            return;
-        }
-        Standalone::new($nodes, &[]).unwrap()
-    }};
-}
 
 fn target(pod: &Pod, v6: bool) -> String {
     SocketAddr::from((pod.address(v6), 8080)).to_string()

@@ -13,19 +13,10 @@ use keelway_lab::Node;
 use keelway_lab::cluster::{Cluster, programs};
 use keelway_lab::probe::Asked;
 use keelway_lab::sh::{self, SOON, wait_for};
-use keelway_lab::standalone::{self, Standalone};
+use keelway_lab::standalone::Standalone;
+use keelway_lab::standalone_or_skip;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
-
-macro_rules! standalone_or_skip {
-    ($nodes:expr) => {{
-        if let Some(reason) = standalone::missing() {
-            println!("skipped: {reason}");
-            return;
-        }
-        Standalone::new($nodes, &[]).unwrap()
-    }};
-}
 
 /// Longer than the agent takes between two looks around.
 const LOOK: Duration = Duration::from_secs(90);

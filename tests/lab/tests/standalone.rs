@@ -2,11 +2,12 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use keelway_lab::probe::{Asked, Flowed};
+use keelway_lab::probe::{Asked, Flowed, eventually};
 use nix::sys::signal::Signal;
 
 use keelway_lab::sh;
-use keelway_lab::standalone::{self, Pod, Standalone};
+use keelway_lab::standalone::Pod;
+use keelway_lab::standalone_or_skip;
 
 fn target(pod: &Pod, v6: bool) -> String {
     SocketAddr::from((pod.address(v6), 8080)).to_string()
@@ -29,28 +30,6 @@ fn all_answered(report: &Asked, by: &[&str]) {
 #[track_caller]
 fn none_answered(report: &Asked) {
     assert_eq!(report.answers, BTreeMap::new(), "{report:?}");
-}
-
-/// Skips the test, with the reason, where programs are missing.
-macro_rules! standalone_or_skip {
-    ($nodes:expr) => {{
-        if let Some(reason) = standalone::missing() {
-            println!("skipped: {reason}");
-            return;
-        }
-        Standalone::new($nodes, &[]).unwrap()
-    }};
-}
-
-/// Asks until the report is as wanted: the directory is read within a moment, not at once.
-#[track_caller]
-fn eventually(what: &str, mut ask: impl FnMut() -> Asked, wanted: impl Fn(&Asked) -> bool) {
-    let attempt = || {
-        let asked = ask();
-        anyhow::ensure!(wanted(&asked), "{asked:?}");
-        Ok(())
-    };
-    sh::wait_for(what, sh::SOON, attempt).unwrap();
 }
 
 const TRANSPORTS: [&[&str]; 3] = [&[], &["--udp"], &["--udp", "--unconnected"]];

@@ -10,21 +10,9 @@ use anyhow::{Context, Result, ensure};
 use keelway_lab::load::{self, Load};
 use keelway_lab::probe::{Asked, Flowed};
 use keelway_lab::sh::{self, SOON, wait_for};
-use keelway_lab::standalone::{self, Pod, Standalone};
+use keelway_lab::standalone::{Pod, Standalone};
+use keelway_lab::standalone_or_skip;
 use nix::sys::signal::Signal;
-
-macro_rules! standalone_or_skip {
-    ($nodes:expr) => {
-        standalone_or_skip!($nodes, &[])
-    };
-    ($nodes:expr, $args:expr) => {{
-        if let Some(reason) = standalone::missing() {
-            println!("skipped: {reason}");
-            return;
-        }
-        Standalone::new($nodes, $args).unwrap()
-    }};
-}
 
 /// Another build of the agent: `$KEELWAY_OTHER_AGENT`, else the one of the other profile (debug beside release).
 fn other_build() -> Result<PathBuf> {

@@ -18,6 +18,8 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use serde::{Deserialize, Serialize};
 
+use crate::sh;
+
 /// What `keelway-probe` does.
 #[derive(Subcommand, Debug)]
 pub enum Probe {
@@ -249,6 +251,20 @@ pub fn run(probe: &Probe) -> Result<()> {
 fn print(report: &impl Serialize) -> Result<()> {
     println!("{}", serde_json::to_string(report)?);
     Ok(())
+}
+
+/// Asks until it is as wanted: the directory is read within a moment, not at once.
+///
+/// # Panics
+/// It is never, with what was seen last.
+#[track_caller]
+pub fn eventually(what: &str, mut ask: impl FnMut() -> Asked, wanted: impl Fn(&Asked) -> bool) {
+    let attempt = || {
+        let asked = ask();
+        anyhow::ensure!(wanted(&asked), "{asked:?}");
+        Ok(())
+    };
+    sh::wait_for(what, sh::SOON, attempt).unwrap();
 }
 
 #[cfg(test)]

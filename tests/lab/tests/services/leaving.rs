@@ -2,13 +2,13 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use keelway_lab::probe::{Asked, Flowed, unix_micros};
+use keelway_lab::probe::{Asked, Flowed, eventually, unix_micros};
 use keelway_lab::services::Backend;
-use keelway_lab::standalone::{Pod, Standalone};
-use keelway_lab::{sh, standalone};
+use keelway_lab::standalone::Pod;
+use keelway_lab::{sh, standalone_or_skip};
 use serde_json::json;
 
-use super::{answered_by, ask_from, at, eventually, node_port, of, vip};
+use super::{answered_by, ask_from, at, node_port, of, vip};
 
 #[test]
 fn connections_live_on_while_their_backend_drains_and_new_ones_go_elsewhere() {

@@ -1,27 +1,16 @@
 //! Services as the outside, the host and pods meet them: node ports, load balancers, external addresses, affinity, traffic policies,
 //! draining. Every assertion is about who answered and whom they saw.
-
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use keelway_lab::Host;
-use keelway_lab::probe::Asked;
+use keelway_lab::probe::{Asked, eventually};
 use keelway_lab::services::Backend;
 use keelway_lab::sh;
-use keelway_lab::standalone::{self, Pod, Standalone};
+use keelway_lab::standalone::{Pod, Standalone};
+use keelway_lab::standalone_or_skip;
 use serde_json::{Value, json};
-
-/// Skips the test, with the reason, where programs are missing.
-macro_rules! standalone_or_skip {
-    ($nodes:expr) => {{
-        if let Some(reason) = standalone::missing() {
-            println!("skipped: {reason}");
-            return;
-        }
-        Standalone::new($nodes, &[]).unwrap()
-    }};
-}
 
 mod leaving;
 
@@ -57,17 +46,6 @@ fn all_fail(report: &Asked, how: &str) {
     assert_eq!(report.failures, BTreeMap::from([(how.to_owned(), report.tried)]), "{report:?}");
     // Refused is refused at once, not when the client asks again.
     assert!(how != "refused" || report.resent == 0, "{report:?}");
-}
-
-/// Asks until it is as wanted: the directory is read within a moment, not at once.
-#[track_caller]
-fn eventually(what: &str, mut ask: impl FnMut() -> Asked, wanted: impl Fn(&Asked) -> bool) {
-    let attempt = || {
-        let asked = ask();
-        anyhow::ensure!(wanted(&asked), "{asked:?}");
-        Ok(())
-    };
-    sh::wait_for(what, sh::SOON, attempt).unwrap();
 }
 
 /// What the nodes dropped, for messages.
